@@ -1,0 +1,119 @@
+# Millrace's tasks. Every target installs what it needs into .venv; nothing else is required than
+# python3 >= 3.11, make and git. `buf` (lint and compatibility of the contract) also needs node and npm.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.synced
+UV := .millrace/tools/uv/bin/uv
+BUF_VERSION := 1.75.0
+BUF := .millrace/tools/buf-$(BUF_VERSION)/node_modules/.bin/buf
+PROTOS := $(sort $(wildcard protos/millrace/*/v1/*.proto))
+SERVICES := $(filter %_service.proto,$(PROTOS))
+SOURCES := core controlplane nodeagent router clients/python deploy tests
+# The contract is compared with this revision; the last commit on main by default.
+BREAKING_AGAINST ?= .git\#ref=HEAD
+
+# Options of `make up`; each becomes an option of `millrace up`.
+ROUTER_PORT ?= 8080
+GRPC_PORT ?= 7600
+GATEWAY_PORT ?= 7601
+AGENT_PORT ?= 7610
+ETCD_PORT ?= 2389
+ROUTER_WORKERS ?= 1
+ENGINE ?= vllm
+
+.PHONY: help up down test test-unit test-integration test-e2e lint type gen fmt bench clean sync
+
+help: ## Show this help
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
+	@echo
+	@echo "  Options of make up: ROUTER_PORT=$(ROUTER_PORT) GRPC_PORT=$(GRPC_PORT) GATEWAY_PORT=$(GATEWAY_PORT)"
+	@echo "                      AGENT_PORT=$(AGENT_PORT) ETCD_PORT=$(ETCD_PORT) ROUTER_WORKERS=$(ROUTER_WORKERS) ENGINE=$(ENGINE) (or simulator)"
+
+$(UV):
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Millrace needs python3 >= 3.11; this is %s. Say make PYTHON=/path/to/python3.11" % sys.version.split()[0])'
+	@echo "==> installing uv"
+	@$(PYTHON) -m venv .millrace/tools/uv
+	@.millrace/tools/uv/bin/python -m pip install --quiet --disable-pip-version-check 'uv>=0.9'
+
+$(STAMP): pyproject.toml protos/pyproject.toml clients/python/pyproject.toml uv.lock | $(UV)
+	@echo "==> installing Millrace and its tools into $(VENV)"
+	@UV_PYTHON_DOWNLOADS=never $(UV) sync --locked --quiet --python $$($(PYTHON) -c 'import sys; print(sys.executable)')
+	@touch $@
+
+sync: $(STAMP) ## Install everything into .venv
+
+up: $(STAMP) ## Start a whole Millrace on this machine and ask its model a question
+	@exec $(BIN)/millrace up --router-port $(ROUTER_PORT) --grpc-port $(GRPC_PORT) --gateway-port $(GATEWAY_PORT) \
+		--agent-port $(AGENT_PORT) --etcd-port $(ETCD_PORT) --router-workers $(ROUTER_WORKERS) --engine $(ENGINE)
+
+down: $(STAMP) ## Stop what `make up` started, from another terminal
+	@$(BIN)/millrace down
+
+test: $(STAMP) ## All tests: unit, properties, contract, integration, and real vLLM end to end
+	@$(BIN)/python -m deploy.local.engine_environment
+	@$(BIN)/python -m pytest tests -p no:cacheprovider
+
+test-unit: $(STAMP) ## Unit and property tests only (under a minute)
+	@$(BIN)/python -m pytest tests/unit tests/properties
+
+test-integration: $(STAMP) ## Contract and integration tests: real etcd, real processes
+	@$(BIN)/python -m pytest tests/contract tests/integration
+
+test-e2e: $(STAMP) ## End to end on real vLLM
+	@$(BIN)/python -m deploy.local.engine_environment
+	@$(BIN)/python -m pytest tests/e2e
+
+bench: $(STAMP) ## Measure: declaration to ready, fail-over
+	@$(BIN)/python -m tests.bench
+
+$(BUF):
+	@command -v npm >/dev/null || { echo "buf needs node and npm, and npm is not on PATH: install nodejs and npm, then run this again"; exit 1; }
+	@echo "==> installing buf $(BUF_VERSION)"
+	@mkdir -p .millrace/tools/buf-$(BUF_VERSION)
+	@cd .millrace/tools/buf-$(BUF_VERSION) && npm install --silent --no-audit --no-fund --prefix . @bufbuild/buf@$(BUF_VERSION) >/dev/null
+
+lint: $(STAMP) $(BUF) ## ruff, import-linter, size limits, buf lint/format/breaking, generated code up to date
+	@$(BIN)/ruff check $(SOURCES)
+	@$(BIN)/ruff format --check $(SOURCES)
+	@$(BIN)/lint-imports --no-cache
+	@$(BIN)/python -m tests.support.size_limits
+	@$(BUF) lint
+	@$(BUF) format --diff --exit-code
+	@if git ls-tree -r --name-only HEAD 2>/dev/null | grep -q '^protos/.*[.]proto$$'; then $(BUF) breaking --against '$(BREAKING_AGAINST)'; fi
+	@$(MAKE) check-gen
+
+type: $(STAMP) ## mypy --strict, tests included
+	@$(BIN)/mypy core controlplane nodeagent router clients/python deploy/local tests
+
+fmt: $(STAMP) $(BUF) ## Format Python and protos
+	@$(BIN)/ruff check --fix --quiet $(SOURCES) || true
+	@$(BIN)/ruff format --quiet $(SOURCES)
+	@$(BUF) format --write
+
+gen: $(STAMP) ## Generate the Python stubs of protos/
+	@$(call generate,protos)
+
+.PHONY: check-gen
+check-gen: $(STAMP)
+	@rm -rf .millrace/gen && mkdir -p .millrace/gen
+	@$(call generate,.millrace/gen)
+	@for file in $$(cd .millrace/gen && find . -name '*_pb2*'); do \
+		cmp -s .millrace/gen/$$file protos/$$file || { echo "protos/$$file is not what protos/ generates: run make gen"; exit 1; }; done
+
+define generate
+cd protos && PATH=$(CURDIR)/$(BIN):$$PATH $(CURDIR)/$(BIN)/python -m grpc_tools.protoc -I. \
+	--python_out=$(CURDIR)/$(1) --mypy_out=quiet:$(CURDIR)/$(1) $(PROTOS:protos/%=%) && \
+PATH=$(CURDIR)/$(BIN):$$PATH $(CURDIR)/$(BIN)/python -m grpc_tools.protoc -I. \
+	--grpc_python_out=$(CURDIR)/$(1) --mypy_grpc_out=quiet:$(CURDIR)/$(1) $(SERVICES:protos/%=%)
+endef
+
+clean: ## Remove what was built and the local state (.venv, .millrace, caches)
+	@test ! -f .millrace/local.json || { echo "Millrace runs here: make down first"; exit 1; }
+	@rm -rf $(VENV) .millrace .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""The part of Millrace that decides: API, gateway, sizing, scheduler, reconciler, fleet."""

@@ -1,0 +1,1 @@
+"""The contract of Millrace: generated protobuf messages and gRPC stubs."""

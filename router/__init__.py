@@ -1,0 +1,1 @@
+"""The part of Millrace that serves: an OpenAI-compatible router over ready endpoints."""

@@ -1,0 +1,24 @@
+"""Guards for every test: nothing is left running behind it."""
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import pytest_asyncio
+
+
+@pytest_asyncio.fixture(autouse=True)
+async def no_leaked_tasks() -> AsyncIterator[None]:
+    """Fails a test that leaves tasks of its own behind."""
+    before = asyncio.all_tasks()
+    yield
+    leaked: list[asyncio.Task[object]] = []
+    for _ in range(50):
+        leaked = [task for task in asyncio.all_tasks() - before if not task.done()]
+        leaked = [task for task in leaked if task is not asyncio.current_task()]
+        if not leaked:
+            return
+        await asyncio.sleep(0.01)
+    names = ", ".join(sorted(task.get_name() for task in leaked))
+    for task in leaked:
+        task.cancel()
+    raise AssertionError(f"tasks left behind: {names}")
