@@ -1,0 +1,1 @@
+"""Keeps agents and the control plane in step: sessions, assignments, reports, silent nodes."""
