@@ -5,6 +5,9 @@ on, where every method that the policy does not name is refused and every error 
 It knows no service by name.
 """
 
+# grpc's classes are generic for type checkers only and cannot be subscripted when they run.
+from __future__ import annotations
+
 import ipaddress
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextvars import ContextVar

@@ -90,8 +90,9 @@ class NodeWriter:
 
     def _enter(self, record: records_pb2.NodeObservationRecord, state: NodeState) -> None:
         stamp = to_timestamp(self._clock.now())
-        if record.state != state:
-            record.state = types_pb2.NodeState.ValueType(state)
+        value = types_pb2.NodeState.ValueType(state)
+        if record.state != value:
+            record.state = value
             record.transition_time.CopyFrom(stamp)
         record.heartbeat_time.CopyFrom(stamp)
 

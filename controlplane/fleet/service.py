@@ -5,6 +5,7 @@ Losing the store stops judging: silence that comes from our own blindness condem
 """
 
 import asyncio
+from typing import Any
 
 import grpc
 import structlog
@@ -21,7 +22,7 @@ from controlplane.fleet.stats import StatsWriter
 from core.clock import Clock
 from core.errors import Conflict
 from core.states import NodeState
-from core.store import Mirror, Store, StoreError, keys
+from core.store import Mirror, Store, StoreError, StoreUnavailable, keys
 
 _log = structlog.get_logger(__name__)
 
@@ -30,6 +31,17 @@ SERVICE_NAME = fleet_service_pb2.DESCRIPTOR.services_by_name["FleetService"].ful
 REFRESHES_PER_PERIOD = 4
 # A view of the store older than this is not trusted for judging silence.
 STORE_AGE_SECONDS_MAX = 15.0
+# How often a wait for the store says that it still waits.
+SYNC_REPORT_SECONDS = 10.0
+
+
+async def _first_listing(mirror: Mirror[Any]) -> None:
+    """Waits for a mirror's first listing, however long the store takes to come up."""
+    while not mirror.synced:
+        try:
+            await mirror.wait_synced(SYNC_REPORT_SECONDS)
+        except StoreUnavailable as error:
+            _log.warning("fleet waits for the store", error=str(error))
 
 
 class FleetService:
@@ -127,8 +139,8 @@ class FleetService:
 
     async def _forget_loop(self) -> None:
         """Deletes observations whose assignment is gone, at once and in a slow sweep."""
-        await self._plans.wait_synced(None)
-        await self._actual.wait_synced(None)
+        await _first_listing(self._plans)
+        await _first_listing(self._actual)
         while True:
             try:
                 await self._observations.forget(self._observations.orphaned())
@@ -156,7 +168,7 @@ class FleetService:
                     _log.warning("node record not refreshed", node=session.node, error=str(error))
 
     async def _judge_loop(self) -> None:
-        await self._node_records.wait_synced(None)
+        await _first_listing(self._node_records)
         while True:
             await self._clock.sleep(self._heartbeat_seconds / 2)
             if self._node_records.age_seconds() > STORE_AGE_SECONDS_MAX:

@@ -57,7 +57,7 @@ class BundledModel:
             MillraceError: The control plane refused.
         """
         async with open_channel(self._options.grpc_target) as channel:
-            stub = scheduler_service_pb2_grpc.SchedulerServiceAsyncStub(channel)
+            stub = scheduler_service_pb2_grpc.SchedulerServiceStub(channel)
             try:
                 existing = await self._get(stub)
                 if existing is not None:
@@ -126,7 +126,7 @@ class BundledModel:
         """
         started, last = time.monotonic(), ""
         async with open_channel(self._options.grpc_target) as channel:
-            stub = scheduler_service_pb2_grpc.SchedulerServiceAsyncStub(channel)
+            stub = scheduler_service_pb2_grpc.SchedulerServiceStub(channel)
             while True:
                 try:
                     deployment = await self._get(stub)
