@@ -1,0 +1,169 @@
+"""A whole local Millrace for tests: real processes, real etcd, ports of its own.
+
+`LocalStack.start` runs `millrace-local up` as a user would, in a folder of its own, and reads
+`local.json`. `stop` ends it with SIGINT, as Ctrl-C does, and checks that no process is left.
+"""
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from tests.support.waiting import eventually
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def free_ports(count: int) -> list[int]:
+    """Finds ports that are free now; all are held while the others are looked for."""
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [int(each.getsockname()[1]) for each in sockets]
+    finally:
+        for each in sockets:
+            each.close()
+
+
+@dataclass
+class LocalStack:
+    """A running stack.
+
+    Attributes:
+        directory: Its state.
+        process: The foreground process.
+    """
+
+    directory: Path
+    process: asyncio.subprocess.Process
+    output: Path
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """The present `local.json`."""
+        content: dict[str, Any] = json.loads((self.directory / "local.json").read_text())
+        return content
+
+    @property
+    def text(self) -> str:
+        """What the foreground process has printed."""
+        return self.output.read_text()
+
+    def admin_headers(self) -> dict[str, str]:
+        """Headers of the bootstrap admin."""
+        return {"authorization": f"Bearer {self.description['admin_token']}"}
+
+    def user_headers(self) -> dict[str, str]:
+        """Headers of the bundled deployment's key."""
+        return {"authorization": f"Bearer {self.description['api_key']}"}
+
+    def engine_pids(self) -> list[int]:
+        """Leaders of the engines' process groups, by the label that the agent gives them."""
+        return sorted(
+            process.pid
+            for process in self.processes()
+            if "MILLRACE_REPLICA" in _environment(process) and os.getpgid(process.pid) == process.pid
+        )
+
+    def processes(self) -> list[psutil.Process]:
+        """Every process that belongs to this stack."""
+        found = []
+        for process in psutil.process_iter():
+            environment = _environment(process)
+            if environment.get("MILLRACE_TEST_STACK") == str(self.directory) or (
+                str(self.directory) in environment.get("MILLRACE_HOME", "")
+            ):
+                found.append(process)
+        return found
+
+    async def stop(self) -> int:
+        """Ends it as Ctrl-C does and checks that nothing is left."""
+        if self.process.returncode is None:
+            self.process.send_signal(signal.SIGINT)
+        async with asyncio.timeout(60):
+            code = await self.process.wait()
+        try:
+            await eventually(lambda: not self.processes(), timeout_seconds=5)
+        except AssertionError:
+            left = [" ".join(process.cmdline()) for process in self.processes()]
+            for process in self.processes():
+                process.kill()
+            raise AssertionError(f"processes left behind: {left}") from None
+        return code
+
+
+def _environment(process: psutil.Process) -> dict[str, str]:
+    try:
+        if process.status() == psutil.STATUS_ZOMBIE:
+            return {}
+        return process.environ()
+    except (psutil.NoSuchProcess, psutil.AccessDenied, FileNotFoundError):
+        return {}
+
+
+async def launch(directory: Path, *options: str) -> LocalStack:
+    """Starts `millrace-local up` with ports of its own and does not wait for it."""
+    router, grpc, gateway, agent, metrics, etcd, peer = free_ports(7)
+    output = directory / "up.log"
+    directory.mkdir(parents=True, exist_ok=True)  # noqa: ASYNC240 - a test waits for nothing else
+    with output.open("ab") as stream:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            "deploy.local",
+            "up",
+            f"--directory={directory}",
+            f"--router-port={router}",
+            f"--grpc-port={grpc}",
+            f"--gateway-port={gateway}",
+            f"--agent-port={agent}",
+            f"--agent-metrics-port={metrics}",
+            f"--etcd-port={etcd}",
+            f"--etcd-peer-port={peer}",
+            *options,
+            cwd=REPOSITORY,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=stream,
+            stderr=stream,
+            env={**os.environ, "MILLRACE_TEST_STACK": str(directory)},
+        )
+    return LocalStack(directory, process, output)
+
+
+@asynccontextmanager
+async def local_stack(
+    directory: Path, *options: str, ready_seconds: float = 60.0, until: str = "runs in the foreground"
+) -> AsyncIterator[LocalStack]:
+    """Runs a stack until it has printed `until`, and stops it afterwards."""
+    stack = await launch(directory, *options)
+    try:
+        await eventually(
+            lambda: until in stack.text or stack.process.returncode is not None,
+            timeout_seconds=ready_seconds,
+            interval_seconds=0.05,
+        )
+        assert until in stack.text, f"the stack did not come up:\n{stack.text}\n{_logs(directory)}"
+        yield stack
+    except BaseException:
+        sys.stderr.write(stack.text + _logs(directory))
+        raise
+    finally:
+        await stack.stop()
+
+
+def _logs(directory: Path) -> str:
+    parts = []
+    for path in sorted((directory / "logs").glob("*.log")):
+        tail = path.read_text(errors="replace").splitlines()[-40:]
+        parts.append("\n".join([f"--- {path.name}", *tail]))
+    return "\n".join(parts)
