@@ -5,16 +5,17 @@ are wrong); and back again on the client's side. Anything else that escapes a ha
 without its text, which may hold what the caller must not see; the text goes to the log.
 """
 
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import grpc
 from google.protobuf.any_pb2 import Any as AnyMessage
+from google.protobuf.message import DecodeError
 from google.rpc import code_pb2, error_details_pb2, status_pb2
-from grpc_status import rpc_status
 
 from core import errors
 
 ERROR_DOMAIN = "millrace"
+_DETAILS_TRAILER = "grpc-status-details-bin"
 # Error texts beyond this are cut: they travel in HTTP/2 trailers, which peers limit to 8 KiB.
 MESSAGE_LENGTH_MAX = 2048
 
@@ -51,15 +52,26 @@ def to_status(error: errors.MillraceError) -> status_pb2.Status:
     return status_pb2.Status(code=code, message=error.message[:MESSAGE_LENGTH_MAX], details=details)
 
 
+def _details_of(error: Any) -> status_pb2.Status:
+    """Reads the rich status that travels in the trailers; empty where there is none or it is broken."""
+    for key, value in error.trailing_metadata() or ():
+        if key == _DETAILS_TRAILER and isinstance(value, bytes):
+            try:
+                return status_pb2.Status.FromString(value)
+            except DecodeError:
+                break
+    return status_pb2.Status()
+
+
 def from_rpc_error(error: grpc.RpcError) -> errors.MillraceError:
     """Converts what a gRPC call raised to our own error, with its reason and fields."""
-    assert isinstance(error, grpc.Call)
-    number, _ = error.code().value
-    message = error.details() or error.code().name
+    # Synchronous and asynchronous calls raise different classes with the same methods.
+    call: Any = error
+    number, _ = call.code().value
+    message = call.details() or call.code().name
     reason, metadata = "ERROR_REASON_UNSPECIFIED", dict[str, str]()
     violations: list[errors.FieldViolation] = []
-    status = rpc_status.from_call(error)
-    for detail in status.details if status is not None else ():
+    for detail in _details_of(call).details:
         if detail.Is(error_details_pb2.ErrorInfo.DESCRIPTOR):
             info = error_details_pb2.ErrorInfo()
             detail.Unpack(info)
