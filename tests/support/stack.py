@@ -4,21 +4,20 @@
 `local.json`. `stop` ends it with SIGINT, as Ctrl-C does, and checks that no process is left.
 """
 
-import asyncio
 import json
 import os
 import signal
 import socket
+import subprocess
 import sys
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
-
-from tests.support.waiting import eventually
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -45,7 +44,7 @@ class LocalStack:
     """
 
     directory: Path
-    process: asyncio.subprocess.Process
+    process: subprocess.Popen[bytes]
     output: Path
 
     @property
@@ -86,19 +85,24 @@ class LocalStack:
                 found.append(process)
         return found
 
-    async def stop(self) -> int:
+    def wait(self, predicate: Callable[[], object], *, timeout_seconds: float, message: str) -> None:
+        """Polls until the predicate holds; shows the stack's own words when it does not."""
+        deadline = time.monotonic() + timeout_seconds
+        while not predicate():
+            if time.monotonic() > deadline:
+                raise AssertionError(f"{message}\n{self.text}\n{_logs(self.directory)}")
+            time.sleep(0.05)
+
+    def stop(self) -> int:
         """Ends it as Ctrl-C does and checks that nothing is left."""
-        if self.process.returncode is None:
+        if self.process.poll() is None:
             self.process.send_signal(signal.SIGINT)
-        async with asyncio.timeout(60):
-            code = await self.process.wait()
+        code = self.process.wait(timeout=90)
         try:
-            await eventually(lambda: not self.processes(), timeout_seconds=5)
-        except AssertionError:
-            left = [" ".join(process.cmdline()) for process in self.processes()]
+            self.wait(lambda: not self.processes(), timeout_seconds=5, message="processes left behind")
+        finally:
             for process in self.processes():
                 process.kill()
-            raise AssertionError(f"processes left behind: {left}") from None
         return code
 
 
@@ -111,54 +115,54 @@ def _environment(process: psutil.Process) -> dict[str, str]:
         return {}
 
 
-async def launch(directory: Path, *options: str) -> LocalStack:
+def launch(directory: Path, *options: str) -> LocalStack:
     """Starts `millrace-local up` with ports of its own and does not wait for it."""
     router, grpc, gateway, agent, metrics, etcd, peer = free_ports(7)
     output = directory / "up.log"
-    directory.mkdir(parents=True, exist_ok=True)  # noqa: ASYNC240 - a test waits for nothing else
+    directory.mkdir(parents=True, exist_ok=True)
     with output.open("ab") as stream:
-        process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "deploy.local",
-            "up",
-            f"--directory={directory}",
-            f"--router-port={router}",
-            f"--grpc-port={grpc}",
-            f"--gateway-port={gateway}",
-            f"--agent-port={agent}",
-            f"--agent-metrics-port={metrics}",
-            f"--etcd-port={etcd}",
-            f"--etcd-peer-port={peer}",
-            *options,
+        process = subprocess.Popen(
+            [
+                sys.executable,
+                "-m",
+                "deploy.local",
+                "up",
+                f"--directory={directory}",
+                f"--router-port={router}",
+                f"--grpc-port={grpc}",
+                f"--gateway-port={gateway}",
+                f"--agent-port={agent}",
+                f"--agent-metrics-port={metrics}",
+                f"--etcd-port={etcd}",
+                f"--etcd-peer-port={peer}",
+                *options,
+            ],
             cwd=REPOSITORY,
-            stdin=asyncio.subprocess.DEVNULL,
+            stdin=subprocess.DEVNULL,
             stdout=stream,
             stderr=stream,
             env={**os.environ, "MILLRACE_TEST_STACK": str(directory)},
+            start_new_session=True,
         )
     return LocalStack(directory, process, output)
 
 
-@asynccontextmanager
-async def local_stack(
+@contextmanager
+def local_stack(
     directory: Path, *options: str, ready_seconds: float = 60.0, until: str = "runs in the foreground"
-) -> AsyncIterator[LocalStack]:
+) -> Iterator[LocalStack]:
     """Runs a stack until it has printed `until`, and stops it afterwards."""
-    stack = await launch(directory, *options)
+    stack = launch(directory, *options)
     try:
-        await eventually(
-            lambda: until in stack.text or stack.process.returncode is not None,
+        stack.wait(
+            lambda: until in stack.text or stack.process.poll() is not None,
             timeout_seconds=ready_seconds,
-            interval_seconds=0.05,
+            message="the stack did not come up in time",
         )
         assert until in stack.text, f"the stack did not come up:\n{stack.text}\n{_logs(directory)}"
         yield stack
-    except BaseException:
-        sys.stderr.write(stack.text + _logs(directory))
-        raise
     finally:
-        await stack.stop()
+        stack.stop()
 
 
 def _logs(directory: Path) -> str:
