@@ -17,7 +17,7 @@ from core import VERSION
 
 _SECRET_NAMES = ("token", "api_key", "apikey", "password", "secret", "authorization")
 # Fields whose names contain a secret's name and hold none.
-_NOT_SECRET = ("tokens", "_tokens_", "token_count")
+_NOT_SECRET = ("tokens", "token_count", "fencing_token")
 
 
 def _mask_secrets(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:

@@ -19,7 +19,7 @@ from grpc.aio import AioRpcError, Channel, UsageError
 
 from core.store import etcd_wire as wire
 from core.store.etcd_settings import EtcdSettings
-from core.store.types import StoreError, StoreUnavailable
+from core.store.types import StoreUnavailable
 
 _log = structlog.get_logger(__name__)
 
@@ -130,7 +130,8 @@ class Channels:
                 if not wire.is_unanswered(error):
                     raise
                 self.rotate(member)
-                if not may_repeat or attempt == _MAXIMUM_ATTEMPTS or loop.time() >= deadline:
+                repeatable = may_repeat or wire.is_unsent(error)
+                if not repeatable or attempt == _MAXIMUM_ATTEMPTS or loop.time() >= deadline:
                     raise wire.to_store_error(error, doing) from error
                 # A restarted member answers "no leader" at once until it has one.
                 await asyncio.sleep(min(_ROUND_PAUSE_SECONDS, max(0.0, deadline - loop.time())))
@@ -254,6 +255,3 @@ async def _is_ready(channel: Channel, patience_seconds: float) -> bool:
     except UsageError as error:
         raise StoreUnavailable("the store is closed") from error
     return True
-
-
-__all__ = ["Channels", "Member", "StoreError", "token_metadata"]

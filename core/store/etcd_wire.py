@@ -28,6 +28,9 @@ from core.store.types import (
 # etcd's texts are short; a proxy's error page is not, and none of it helps a reader.
 _DETAILS_LENGTH = 256
 
+# grpc's own words when a connection that stood a moment ago is gone before the request is written.
+_UNSENT = "failed to connect to all addresses"
+
 _TOKEN_REFUSED = ("invalid auth token", "revision of auth store is old")
 
 
@@ -160,6 +163,11 @@ def is_token_refused(details: str) -> bool:
 def is_unanswered(error: AioRpcError) -> bool:
     """True when nobody answered, or a member without a quorum did."""
     return error.code() in {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED}
+
+
+def is_unsent(error: AioRpcError) -> bool:
+    """True when grpc found no connection to send the request over, so that it cannot be applied."""
+    return error.code() is grpc.StatusCode.UNAVAILABLE and details_of(error).startswith(_UNSENT)
 
 
 def details_of(error: AioRpcError) -> str:

@@ -155,6 +155,8 @@ class Stack:
             f"--initial-advertise-peer-urls={peer}",
             f"--initial-cluster=millrace={peer}",
             # Stats are rewritten every second; an hour of history is enough to resume any watch.
+            # A quiet prefix stays resumable only if its watch hears of later revisions.
+            "--experimental-watch-progress-notify-interval=5s",
             "--auto-compaction-mode=periodic",
             "--auto-compaction-retention=1h",
             "--log-level=warn",

@@ -5,6 +5,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,9 @@ import psutil
 import pytest
 
 from deploy.local.options import BUNDLED_MODEL
+from tests.support import gateway
+from tests.support.failover import kill_under_load
+from tests.support.gateway import call, ready_replicas
 from tests.support.load import Load, steady_load
 from tests.support.stack import LocalStack, launch, local_stack
 from tests.support.waiting import eventually
@@ -29,31 +33,13 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalStack]:
         yield running
 
 
-async def call(
-    stack: LocalStack, method: str, path: str, body: object = None, *, expect: int = 200
-) -> dict[str, Any]:
-    """Calls the gateway as the admin and returns the JSON answer."""
-    url = stack.description["gateway_url"] + path
-    async with (
-        aiohttp.ClientSession(headers=stack.admin_headers(), trust_env=False) as session,
-        session.request(method, url, json=body) as answer,
-    ):
-        assert answer.status == expect, await answer.text()
-        content: dict[str, Any] = await answer.json() if answer.content_type == "application/json" else {}
-        return content
-
-
 async def replicas(stack: LocalStack, namespace: str = NAMESPACE, name: str = NAME) -> list[dict[str, Any]]:
     """Returns the replicas that serve."""
-    deployment = await call(stack, "GET", f"/v1/deployments/{namespace}/{name}")
-    return [each for each in deployment["status_detail"]["replicas"] if each["state"] == "ready"]
+    return await ready_replicas(stack, namespace, name)
 
 
 async def wait_ready(stack: LocalStack, count: int, namespace: str = NAMESPACE, name: str = NAME) -> None:
-    async def enough() -> bool:
-        return len(await replicas(stack, namespace, name)) == count
-
-    await eventually(enough, timeout_seconds=30, interval_seconds=0.05)
+    await gateway.wait_ready(stack, namespace, name, count)
 
 
 def client(stack: LocalStack) -> openai.AsyncOpenAI:
@@ -159,25 +145,21 @@ async def test_declare_exactly_as_documented_then_use_scale_and_delete(stack: Lo
     await eventually(lambda: len(stack.engine_pids()) == 2, timeout_seconds=30)
 
 
-async def test_a_killed_engine_is_replaced_and_only_its_own_requests_may_fail(stack: LocalStack) -> None:
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_killed_engine_is_replaced_and_only_its_own_requests_may_fail(
+    stack: LocalStack, *, stream: bool
+) -> None:
     await wait_ready(stack, 2)
-    victim = (await replicas(stack))[0]
-    local = stack.description
-    async with steady_load(local["router_url"], stack.user_headers(), model=NAME) as load:
-        await eventually(lambda: load.last_use_of(victim["replica"]), timeout_seconds=10)
-        killed = time.monotonic()
-        os.kill(victim["pid"], signal.SIGKILL)
-
-        async def replaced() -> bool:
-            serving = {each["replica"] for each in await replicas(stack)}
-            return len(serving) == 2 and victim["replica"] not in serving
-
-        await eventually(replaced, timeout_seconds=20)
-        await eventually(lambda: load.succeeded_since(killed) > 50, timeout_seconds=20)
-    assert load.last_use_of(victim["replica"]) - killed < 1.0
-    foreign = [each for each in load.failures if not each.began <= killed <= each.ended]
-    assert foreign == []
-    assert len(load.failures) <= 4, "at most the requests that were inside the killed engine"
+    account = await kill_under_load(
+        stack.description["router_url"],
+        stack.user_headers(),
+        model=NAME,
+        replicas=partial(replicas, stack),
+        stream=stream,
+    )
+    assert account.others == []
+    assert len(account.inside) <= 4, "at most the requests that were inside the killed engine"
+    assert account.last_use_seconds < 1.0
 
 
 async def _kill_and_wait_for_return(stack: LocalStack, name: str) -> None:
