@@ -57,10 +57,11 @@ down: $(STAMP) ## Stop what `make up` started, from another terminal
 
 test: $(STAMP) ## All tests: unit, properties, contract, integration, and real vLLM end to end
 	@$(BIN)/python -m deploy.local.engine_environment
-	@$(BIN)/python -m pytest tests -p no:cacheprovider
+	@$(BIN)/python -m pytest tests/unit tests/properties tests/contract -n 2
+	@$(BIN)/python -m pytest tests/integration tests/e2e
 
 test-unit: $(STAMP) ## Unit and property tests only (under a minute)
-	@$(BIN)/python -m pytest tests/unit tests/properties
+	@$(BIN)/python -m pytest tests/unit tests/properties -n 2
 
 test-integration: $(STAMP) ## Contract and integration tests: real etcd, real processes
 	@$(BIN)/python -m pytest tests/contract tests/integration

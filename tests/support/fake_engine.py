@@ -9,7 +9,7 @@ import json
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class FakeEngine:
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
-    async def __aenter__(self) -> "FakeEngine":
+    async def __aenter__(self) -> Self:
         self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
         self.port = self._server.sockets[0].getsockname()[1]
         return self
@@ -125,7 +125,7 @@ class FakeEngine:
 async def _watch(reader: asyncio.StreamReader, hung_up: asyncio.Event) -> None:
     """Notices that the client closed; clients here never send the next request early."""
     # Peeking at the buffer would race with the next request, so only the end is looked for.
-    while not reader.at_eof() and reader.exception() is None:
+    while not reader.at_eof() and reader.exception() is None:  # noqa: ASYNC110 - a reader has no event for its end
         await asyncio.sleep(0.005)
     hung_up.set()
 

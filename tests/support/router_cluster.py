@@ -5,11 +5,11 @@ import socket
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import aiohttp
 from aiohttp import web
-from millrace.core.v1 import deployment_pb2, endpoint_pb2, stats_pb2
+from millrace.core.v1 import deployment_pb2, endpoint_pb2, stats_pb2, types_pb2
 from millrace.state.v1 import records_pb2
 
 from core.clock import SystemClock, to_timestamp
@@ -46,7 +46,7 @@ def endpoint_record(
         url=url,
         served_model_name=deployment if served_model_name is None else served_model_name,
         declared_model=declared_model,
-        state=endpoint_pb2.Endpoint(state=state.value).state,  # type: ignore[arg-type]
+        state=cast("types_pb2.EndpointState.ValueType", state.value),
         incarnation=incarnation,
         weight=1,
         node="node-1",

@@ -1,0 +1,248 @@
+"""Puts a router worker together: view, director, surface, health, metrics.
+
+In come settings, a store and a clock; out comes an aiohttp application and the coroutines that must run
+beside it. Every response leaves through one middleware, which gives it a request id, an OpenAI-shaped
+error where it failed, one log line and one count.
+"""
+
+import asyncio
+import math
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
+
+import orjson
+import structlog
+from aiohttp import hdrs, web
+
+from core import VERSION
+from core.clock import Clock
+from core.identity import Principal, Role, TokenAuthenticator, bearer_token
+from core.store import Store
+from core.telemetry import (
+    REQUEST_ID_HEADER,
+    TRACE_PARENT_HEADER,
+    new_trace_parent,
+    request_id_of,
+    trace_id_of,
+)
+from router.director import Director
+from router.metrics import RouterMetrics
+from router.openai import errors
+from router.openai.errors import Reason, Refusal
+from router.openai.surface import OpenAISurface, refusal_of_http, refusal_response
+from router.picking.contract import Strategy
+from router.record import CLIENT_CLOSED_REQUEST, RECORD, RequestRecord
+from router.settings import RouterSettings
+from router.upstream.failures import Cause
+from router.upstream.forward import Forwarder
+from router.upstream.loads import LoadTable
+from router.upstream.pool import UpstreamPool
+from router.view.source import ViewSource
+
+_log = structlog.get_logger(__name__)
+
+HEALTH_ROUTE = "/health"
+METRICS_ROUTE = "/metrics"
+DEBUG_ROUTE = "/debug/endpoints"
+_QUIET_ROUTES = (HEALTH_ROUTE, METRICS_ROUTE)
+
+# How often the age of the view is written to its gauge; scrapes are rarer.
+_AGE_SECONDS = 1.0
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+class RouterApplication:
+    """One worker: build it on the event loop, run its services beside the server, close it after.
+
+    Attributes:
+        application: To be served.
+        source: The view.
+        director: Serves requests.
+        metrics: What is counted.
+        in_flight: Requests that have begun and not ended.
+    """
+
+    def __init__(
+        self,
+        settings: RouterSettings,
+        *,
+        store: Store,
+        strategy: Strategy,
+        clock: Clock,
+        admin_token: str = "",
+        metrics: RouterMetrics | None = None,
+    ) -> None:
+        self.metrics = metrics or RouterMetrics()
+        loads = LoadTable()
+        self.source = ViewSource(store, clock, take_in_flight_peak=loads.take_peak)
+        self._pool = UpstreamPool(connect_timeout_seconds=settings.connect_timeout_seconds)
+        self.director = Director(
+            source=self.source,
+            strategy=strategy,
+            forwarder=Forwarder(
+                self._pool,
+                settings.timeouts(),
+                clock,
+                on_stale=lambda: self.metrics.retried(Cause.STALE_CONNECTION),
+            ),
+            timeouts=settings.timeouts(),
+            loads=loads,
+            metrics=self.metrics,
+            clock=clock,
+            requests_in_flight_max=settings.requests_in_flight_max,
+        )
+        self.in_flight = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._clock = clock
+        self._admin = TokenAuthenticator({admin_token: Principal("admin", Role.ADMIN)})
+        surface = OpenAISurface(
+            self.director,
+            body_bytes_max=settings.request_body_bytes_max,
+            body_timeout_seconds=settings.body_timeout_seconds,
+        )
+        # The surface reads bodies within bounds of its own.
+        self.application = web.Application(middlewares=[self._account], client_max_size=0)
+        surface.add_routes(self.application.router)
+        self.application.router.add_get(HEALTH_ROUTE, self._health)
+        self.application.router.add_get(METRICS_ROUTE, self._metrics_page)
+        self.application.on_response_prepare.append(add_request_id)
+        if admin_token:
+            self.application.router.add_get(DEBUG_ROUTE, self._debug)
+
+    def services(self) -> dict[str, Any]:
+        """Returns the coroutines to run beside the server, by name."""
+        return {"view": self.source.run(), "view-age": self._watch_age()}
+
+    async def wait_idle(self, timeout_seconds: float) -> bool:
+        """Waits until no request is in flight; tells whether that came about in time."""
+        try:
+            async with asyncio.timeout(timeout_seconds):
+                await self._idle.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    async def close(self) -> None:
+        """Closes the connections to engines."""
+        await self._pool.close()
+
+    async def _watch_age(self) -> None:
+        while True:
+            self.metrics.view_aged(self.source.age_seconds())
+            await asyncio.sleep(_AGE_SECONDS)
+
+    @web.middleware
+    async def _account(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        record = self._open_record(request)
+        request[RECORD] = record
+        self.metrics.request_started()
+        self.in_flight += 1
+        self._idle.clear()
+        try:
+            response = await self._guarded(request, handler, record)
+        except asyncio.CancelledError:
+            # The server cancels the handler of a client that has left.
+            record.status, record.reason = CLIENT_CLOSED_REQUEST, Reason.CLIENT_DISCONNECTED
+            raise
+        else:
+            record.status = record.status or response.status
+            return response
+        finally:
+            record.end(self.metrics, self._clock)
+            self.in_flight -= 1
+            if self.in_flight == 0:
+                self._idle.set()
+
+    async def _guarded(
+        self, request: web.Request, handler: Handler, record: RequestRecord
+    ) -> web.StreamResponse:
+        """Runs the handler and turns whatever it raises into a response."""
+        try:
+            return await handler(request)
+        except Refusal as refusal:
+            return self._refuse(refusal, record)
+        except web.HTTPException as error:
+            return self._refuse(refusal_of_http(error, request), record)
+        except Exception:  # noqa: BLE001 - the client gets an answer in any case, the operator the trace
+            _log.exception("request failed inside the router", request_id=record.request_id)
+            return self._refuse(errors.internal_error(), record)
+
+    @staticmethod
+    def _refuse(refusal: Refusal, record: RequestRecord) -> web.Response:
+        record.reason, record.status = refusal.why, refusal.status
+        return refusal_response(refusal)
+
+    def _open_record(self, request: web.Request) -> RequestRecord:
+        resource = request.match_info.route.resource
+        route = "other" if resource is None else resource.canonical
+        trace_id = trace_id_of(request.headers)
+        trace_parent = request.headers.get(TRACE_PARENT_HEADER, "") if trace_id else new_trace_parent()
+        return RequestRecord(
+            request_id=request_id_of(request.headers),
+            trace_id=trace_id or trace_parent.split("-")[1],
+            trace_parent=trace_parent,
+            method=request.method,
+            route=route,
+            started_seconds=self._clock.monotonic(),
+            quiet=route in _QUIET_ROUTES,
+        )
+
+    async def _health(self, _request: web.Request) -> web.StreamResponse:
+        view = self.source.view
+        age = self.source.age_seconds()
+        return web.Response(
+            status=200 if view.synced else 503,
+            body=orjson.dumps(
+                {
+                    "status": "ok" if view.synced else "starting",
+                    "view_synced": view.synced,
+                    "view_age_seconds": None if math.isinf(age) else round(age, 3),
+                    "endpoints": len(view.endpoints),
+                    "in_flight": self.director.loads.total,
+                    "version": VERSION,
+                }
+            ),
+            content_type="application/json",
+        )
+
+    async def _metrics_page(self, _request: web.Request) -> web.StreamResponse:
+        self.metrics.view_aged(self.source.age_seconds())
+        page, content_type = self.metrics.page()
+        return web.Response(body=page, headers={hdrs.CONTENT_TYPE: content_type})
+
+    async def _debug(self, request: web.Request) -> web.StreamResponse:
+        """Shows an operator what the next pick would see."""
+        token = bearer_token(request.headers.get(hdrs.AUTHORIZATION))
+        if token is None:
+            raise errors.api_key_missing()
+        if self._admin.authenticate(token) is None:
+            raise errors.api_key_invalid()
+        return web.Response(
+            body=orjson.dumps({"endpoints": self._explain()}), content_type="application/json"
+        )
+
+    def _explain(self) -> list[Mapping[str, Any]]:
+        samples = self.source.samples
+        return [
+            {
+                "namespace": each.namespace,
+                "deployment": each.deployment,
+                "replica": each.replica,
+                "node": each.node,
+                "url": each.url,
+                "state": each.state.name,
+                "in_flight": self.director.loads.in_flight(each.replica),
+                "ejected": self.director.health.is_ejected(each),
+                "sample_age_seconds": samples.age_seconds(each.replica),
+            }
+            for each in self.source.view.endpoints
+        ]
+
+
+async def add_request_id(request: web.Request, response: web.StreamResponse) -> None:
+    """Gives every response its request id; a signal, so that it also reaches streams."""
+    record = request.get(RECORD)
+    if record is not None:
+        response.headers[REQUEST_ID_HEADER] = record.request_id

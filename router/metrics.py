@@ -1,0 +1,142 @@
+"""Prometheus metrics of a router, with bounded labels.
+
+In come finished requests, attempts and the state of the view; out comes the text page. Label values are
+closed sets: routes, status classes, reasons, causes, owners, endpoint states; never text of a request.
+With several workers each writes its numbers to files that any of them adds up for the page
+(`PROMETHEUS_MULTIPROC_DIR`, set by the supervisor).
+"""
+
+import os
+from collections import Counter as Tally
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, multiprocess
+
+from core.telemetry import render_metrics
+from router.upstream.failures import Cause, Owner
+from router.view.view import EndpointState, View
+
+MULTIPROCESS_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
+
+# From what the router itself adds to the longest whole answer.
+_SECONDS = (
+    0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 600.0,
+)  # fmt: skip
+
+
+class RouterMetrics:
+    """The metric objects of one worker."""
+
+    def __init__(self, registry: CollectorRegistry | None = None) -> None:
+        """Registers the metrics; a registry of its own keeps tests apart."""
+        self._registry = CollectorRegistry() if registry is None else registry
+        self._requests = Counter(
+            "millrace_router_requests",
+            "Requests that ended, by route, class of the HTTP status and reason.",
+            ["route", "status_class", "reason"],
+            registry=self._registry,
+        )
+        self._duration = Histogram(
+            "millrace_router_request_duration_seconds",
+            "Time from a request's headers to the end of its answer.",
+            ["route"],
+            buckets=_SECONDS,
+            registry=self._registry,
+        )
+        self._first_byte = Histogram(
+            "millrace_router_time_to_first_byte_seconds",
+            "Time from a request's headers to the first byte of the engine's answer.",
+            ["route"],
+            buckets=_SECONDS,
+            registry=self._registry,
+        )
+        self._in_flight = Gauge(
+            "millrace_router_inflight_requests",
+            "Requests that are being served.",
+            registry=self._registry,
+            multiprocess_mode="livesum",
+        )
+        self._retries = Counter(
+            "millrace_router_retries",
+            "Attempts that were repeated, by what had made the one before fail.",
+            ["cause"],
+            registry=self._registry,
+        )
+        self._upstream_errors = Counter(
+            "millrace_router_upstream_errors",
+            "Errors on the way to and from engines, by whose fault they are.",
+            ["owner"],
+            registry=self._registry,
+        )
+        self._view_age = Gauge(
+            "millrace_router_view_age_seconds",
+            "Time since the store was last heard; infinite before the first time.",
+            registry=self._registry,
+            multiprocess_mode="livemax",
+        )
+        self._endpoints = Gauge(
+            "millrace_router_endpoints",
+            "Endpoints in the view, by state.",
+            ["state"],
+            registry=self._registry,
+            multiprocess_mode="livemax",
+        )
+        # Series exist from the start: an alert on a rate must not miss the first event.
+        for cause in Cause:
+            self._retries.labels(cause.value)
+        for owner in Owner:
+            self._upstream_errors.labels(owner.value)
+        self.view_changed(View())
+
+    def request_started(self) -> None:
+        """Counts a request in."""
+        self._in_flight.inc()
+
+    def request_ended(
+        self,
+        *,
+        route: str,
+        status: int,
+        reason: str,
+        duration_seconds: float,
+        first_byte_seconds: float | None,
+    ) -> None:
+        """Counts a request out.
+
+        Args:
+            route: Template of the route, or `other`.
+            status: HTTP status; 499 for a client that left.
+            reason: A `Reason`.
+            duration_seconds: Of the whole request.
+            first_byte_seconds: Until the engine's first byte; None where there was none.
+        """
+        self._in_flight.dec()
+        self._requests.labels(route, f"{status // 100}xx", reason).inc()
+        self._duration.labels(route).observe(duration_seconds)
+        if first_byte_seconds is not None:
+            self._first_byte.labels(route).observe(first_byte_seconds)
+
+    def retried(self, cause: Cause) -> None:
+        """Counts a repeated attempt."""
+        self._retries.labels(cause.value).inc()
+
+    def upstream_error(self, owner: Owner) -> None:
+        """Counts an error by its owner."""
+        self._upstream_errors.labels(owner.value).inc()
+
+    def view_changed(self, view: View) -> None:
+        """Takes the numbers of a new view."""
+        tally = Tally(endpoint.state for endpoint in view.endpoints)
+        for state in EndpointState:
+            self._endpoints.labels(state.name.lower()).set(tally[state])
+
+    def view_aged(self, age_seconds: float) -> None:
+        """Takes the age of the view."""
+        self._view_age.set(age_seconds)
+
+    def page(self) -> tuple[bytes, str]:
+        """Returns the text page of all workers, and its content type."""
+        if MULTIPROCESS_VARIABLE in os.environ:
+            registry = CollectorRegistry()
+            multiprocess.MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
+            return render_metrics(registry)
+        return render_metrics(self._registry)

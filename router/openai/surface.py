@@ -1,0 +1,146 @@
+"""The OpenAI routes: what is served, and how a request becomes a call of the director.
+
+In come HTTP requests, out go answers in OpenAI's shape, errors included: unknown routes, wrong methods,
+malformed bodies. Models are listed from the view; no engine is asked.
+"""
+
+import asyncio
+from typing import Any
+
+import orjson
+from aiohttp import hdrs, web
+
+from router.director import Call, Director
+from router.openai import errors
+from router.openai.body import parse_body
+from router.openai.errors import Reason, Refusal
+from router.picking.contract import RequestContext
+from router.record import RECORD
+from router.view.view import Deployment
+
+INFERENCE_ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings")
+MODELS_ROUTE = "/v1/models"
+MODEL_ROUTE = "/v1/models/{model}"
+
+SUPPORTED = (
+    *(f"POST {route}" for route in INFERENCE_ROUTES),
+    f"GET {MODELS_ROUTE}",
+    f"GET {MODEL_ROUTE}",
+    "GET /health",
+    "GET /metrics",
+)
+
+
+class OpenAISurface:
+    """Handlers of the OpenAI routes."""
+
+    def __init__(self, director: Director, *, body_bytes_max: int, body_timeout_seconds: float) -> None:
+        """Takes the bounds of a request's body: bytes, and seconds until it has come completely."""
+        self._director = director
+        self._body_bytes_max = body_bytes_max
+        self._body_timeout_seconds = body_timeout_seconds
+
+    def add_routes(self, router: web.UrlDispatcher) -> None:
+        """Registers the routes."""
+        for route in INFERENCE_ROUTES:
+            router.add_post(route, self.infer)
+        router.add_get(MODELS_ROUTE, self.list_models, allow_head=False)
+        # Declared model ids hold slashes.
+        router.add_get("/v1/models/{model:.+}", self.get_model, allow_head=False)
+
+    async def infer(self, request: web.Request) -> web.StreamResponse:
+        """Serves chat completions, completions and embeddings: one way for all."""
+        record = request[RECORD]
+        tenant = self._director.authenticate(request.headers.get(hdrs.AUTHORIZATION), record)
+        with self._director.admit():
+            body = await self._read_body(request)
+            parsed = parse_body(body)
+            record.model, record.stream = parsed.model, parsed.stream
+            deployment = self._director.resolve(tenant, parsed.model)
+            record.deployment = deployment.name
+            context = RequestContext(
+                request_id=record.request_id,
+                route=record.route,
+                namespace=deployment.namespace,
+                deployment=deployment.name,
+                model=parsed.model,
+                stream=parsed.stream,
+                body=body,
+            )
+            return await self._director.forward(
+                Call(request=request, record=record, context=context, parsed=parsed)
+            )
+
+    async def list_models(self, request: web.Request) -> web.StreamResponse:
+        """Lists the deployments that the key may use."""
+        tenant = self._director.authenticate(request.headers.get(hdrs.AUTHORIZATION), request[RECORD])
+        return _json({"object": "list", "data": [_model(each) for each in tenant.deployments.values()]})
+
+    async def get_model(self, request: web.Request) -> web.StreamResponse:
+        """Shows one deployment that the key may use."""
+        record = request[RECORD]
+        tenant = self._director.authenticate(request.headers.get(hdrs.AUTHORIZATION), record)
+        record.model = request.match_info["model"]
+        return _json(_model(self._director.resolve(tenant, record.model)))
+
+    async def _read_body(self, request: web.Request) -> bytes:
+        """Reads the whole body within its bounds."""
+        encoding = request.headers.get(hdrs.CONTENT_ENCODING, "identity").lower()
+        if encoding != "identity":
+            raise errors.body_encoded(encoding)
+        if (request.content_length or 0) > self._body_bytes_max:
+            raise errors.body_too_large(self._body_bytes_max)
+        pieces: list[bytes] = []
+        size = 0
+        try:
+            async with asyncio.timeout(self._body_timeout_seconds):
+                while piece := await request.content.readany():
+                    size += len(piece)
+                    if size > self._body_bytes_max:
+                        raise errors.body_too_large(self._body_bytes_max)
+                    pieces.append(piece)
+        except TimeoutError as error:
+            raise errors.body_timeout(self._body_timeout_seconds) from error
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+
+def _model(deployment: Deployment) -> dict[str, Any]:
+    entry: dict[str, Any] = {
+        "id": deployment.name,
+        "object": "model",
+        "owned_by": deployment.namespace,
+        "root": deployment.declared_model,
+    }
+    if deployment.create_time_seconds is not None:
+        entry["created"] = deployment.create_time_seconds
+    return entry
+
+
+def _json(document: dict[str, Any]) -> web.Response:
+    return web.Response(body=orjson.dumps(document), content_type="application/json")
+
+
+def refusal_response(refusal: Refusal) -> web.Response:
+    """Renders a refusal."""
+    response = web.Response(
+        status=refusal.status,
+        body=refusal.body(),
+        content_type="application/json",
+        headers={errors.REASON_HEADER: refusal.why.value, **refusal.headers},
+    )
+    if refusal.headers.get(hdrs.CONNECTION) == "close":
+        response.force_close()
+    return response
+
+
+def refusal_of_http(error: web.HTTPException, request: web.Request) -> Refusal:
+    """Translates what the HTTP server itself refuses."""
+    match error:
+        case web.HTTPMethodNotAllowed():
+            return errors.method_not_allowed(
+                request.method, request.path, tuple(sorted(error.allowed_methods))
+            )
+        case web.HTTPNotFound():
+            return errors.route_unknown(request.method, request.path, SUPPORTED)
+        case _:
+            return Refusal(error.status, Reason.REQUEST_INVALID, error.reason)

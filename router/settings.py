@@ -1,0 +1,113 @@
+"""Options of the router: command line, environment (`MILLRACE_ROUTER_...`), defaults with their reasons.
+
+In come strings, out come checked values, or one line that names the wrong option. Secrets are given as
+files, never as values.
+"""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from core.store.etcd_settings import EtcdSettings
+from router.upstream.forward import Timeouts
+
+MEBIBYTE = 1024 * 1024
+
+Port = Annotated[int, Field(ge=0, le=65535)]
+Seconds = Annotated[float, Field(gt=0, le=86_400)]
+
+
+class RouterSettings(BaseSettings):
+    """OpenAI-compatible router in front of the ready endpoints of a Millrace cluster."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="MILLRACE_ROUTER_",
+        cli_prog_name="millrace-router",
+        cli_kebab_case=True,
+        cli_hide_none_type=True,
+        cli_implicit_flags=True,
+        extra="forbid",
+        frozen=True,
+    )
+
+    host: str = Field("127.0.0.1", description="Address to listen on; default: this machine only.")
+    port: Port = Field(8080, description="Port to listen on; 0 takes a free one and logs it.")
+    workers: Annotated[int, Field(ge=1, le=256)] = Field(
+        1, description="Processes that share the port; one uses about one core."
+    )
+    public_url: str = Field(
+        "", description="Base URL that clients use, without /v1; default: http://HOST:PORT."
+    )
+    strategy: str = Field(
+        "least-pending",
+        description="Picking plug-ins, separated by commas; built in: least-pending, round-robin.",
+    )
+    connect_timeout_seconds: Seconds = Field(
+        2.0, description="Until a connection to an engine stands; engines are near, so longer means trouble."
+    )
+    first_byte_timeout_seconds: Seconds = Field(
+        120.0, description="Until an engine's first byte of a stream; covers its queue and a long prompt."
+    )
+    whole_answer_timeout_seconds: Seconds = Field(
+        600.0,
+        description="The same for answers without streaming, whose first byte comes when all is done; "
+        "600 is the OpenAI client's own default.",
+    )
+    idle_timeout_seconds: Seconds = Field(
+        60.0, description="Between two pieces of an answer, from the engine or to the client."
+    )
+    body_timeout_seconds: Seconds = Field(
+        60.0, description="Until a request's body has come completely; bounds slow uploads."
+    )
+    drain_seconds: Seconds = Field(
+        30.0, description="After SIGTERM: how long requests in flight may take to end."
+    )
+    request_body_bytes_max: Annotated[int, Field(ge=1024, le=1024 * MEBIBYTE)] = Field(
+        32 * MEBIBYTE, description="Largest request body, bytes; leaves room for a few images."
+    )
+    requests_in_flight_max: Annotated[int, Field(ge=1, le=1_000_000)] = Field(
+        4096, description="Requests that one worker holds at once; bounds its memory and its sockets."
+    )
+    admin_token_file: Path | None = Field(
+        None, description="File with the admin token; turns on GET /debug/endpoints for its bearer."
+    )
+    etcd_endpoints: str = Field("127.0.0.1:2389", description="etcd members, host:port, separated by commas.")
+    etcd_tls_ca: Path | None = Field(None, description="PEM file of etcd's authorities; turns TLS on.")
+    etcd_tls_certificate: Path | None = Field(None, description="PEM file of our certificate for etcd.")
+    etcd_tls_key: Path | None = Field(None, description="PEM file of its key.")
+    etcd_username: str = Field("", description="etcd user; a read-only role is enough.")
+    etcd_password_file: Path | None = Field(None, description="File with the etcd user's password.")
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
+        "INFO", description="Lowest level that is logged."
+    )
+    log_style: Literal["auto", "json", "console"] = Field(
+        "auto", description="auto: readable on a terminal, JSON elsewhere."
+    )
+
+    @model_validator(mode="after")
+    def _check_etcd(self) -> "RouterSettings":
+        self.etcd()
+        return self
+
+    def etcd(self) -> EtcdSettings:
+        """Returns how to reach the store."""
+        members = tuple(part.strip() for part in self.etcd_endpoints.split(",") if part.strip())
+        return EtcdSettings(
+            endpoints=members,
+            tls_ca=self.etcd_tls_ca,
+            tls_certificate=self.etcd_tls_certificate,
+            tls_key=self.etcd_tls_key,
+            username=self.etcd_username,
+            password_file=self.etcd_password_file,
+        )
+
+    def timeouts(self) -> Timeouts:
+        """Returns the bounds of an attempt."""
+        return Timeouts(
+            connect_seconds=self.connect_timeout_seconds,
+            first_byte_seconds=self.first_byte_timeout_seconds,
+            whole_answer_seconds=self.whole_answer_timeout_seconds,
+            idle_seconds=self.idle_timeout_seconds,
+        )

@@ -1,0 +1,1 @@
+"""The way to the engines: connections, load, passive health, retry budget, one attempt."""

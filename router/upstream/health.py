@@ -1,0 +1,75 @@
+"""Passive health: an endpoint that failed is left alone for a while.
+
+In come the outcomes of attempts, out comes whether an endpoint is ejected. An ejection lasts 1 s and
+doubles with every further failure up to 30 s; success or a new incarnation clears it. This is one
+router's own short memory, beside the health checks of the control plane; it never refuses a request.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from core.backoff import BackoffPolicy
+from core.clock import Clock
+from router.view.view import Endpoint
+
+# Shorter than a health check's verdict, so that it bridges exactly that gap; the maximum bounds how long
+# an engine that has recovered goes unnoticed.
+EJECTION = BackoffPolicy(initial_seconds=1.0, maximum_seconds=30.0)
+
+
+@dataclass(slots=True)
+class _Mark:
+    incarnation: str
+    failures: int
+    failed_seconds: float
+    ejected_until_seconds: float
+
+
+class EndpointHealth:
+    """Remembers failures by replica; bounded by `retain`."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._marks: dict[str, _Mark] = {}
+
+    def failed(self, endpoint: Endpoint) -> float:
+        """Counts a failure that is not the client's and returns the ejection in seconds."""
+        now = self._clock.monotonic()
+        mark = self._mark(endpoint)
+        if mark is None:
+            mark = _Mark(endpoint.incarnation, 0, now, now)
+            self._marks[endpoint.replica] = mark
+        # Requests that were under way together fail together: they are one failure.
+        if mark.failures == 0 or now >= mark.ejected_until_seconds:
+            mark.failures += 1
+            mark.ejected_until_seconds = now + EJECTION.ceiling_seconds(mark.failures)
+        mark.failed_seconds = now
+        return mark.ejected_until_seconds - now
+
+    def succeeded(self, endpoint: Endpoint) -> None:
+        """Forgets the failures of an endpoint that answered."""
+        if self._mark(endpoint) is not None:
+            del self._marks[endpoint.replica]
+
+    def is_ejected(self, endpoint: Endpoint) -> bool:
+        """Tells whether an endpoint is left alone for now."""
+        mark = self._mark(endpoint)
+        return mark is not None and self._clock.monotonic() < mark.ejected_until_seconds
+
+    def last_failure_seconds(self, endpoint: Endpoint) -> float:
+        """Returns when an endpoint failed last, on the monotonic clock; minus infinity for never."""
+        mark = self._mark(endpoint)
+        return float("-inf") if mark is None else mark.failed_seconds
+
+    def retain(self, endpoints: Iterable[Endpoint]) -> None:
+        """Forgets all other endpoints, and those with another incarnation."""
+        if not self._marks:
+            return
+        kept = {endpoint.identity for endpoint in endpoints}
+        self._marks = {
+            replica: mark for replica, mark in self._marks.items() if (replica, mark.incarnation) in kept
+        }
+
+    def _mark(self, endpoint: Endpoint) -> _Mark | None:
+        mark = self._marks.get(endpoint.replica)
+        return mark if mark is not None and mark.incarnation == endpoint.incarnation else None

@@ -1,0 +1,1 @@
+"""What the router knows of the cluster: an immutable view, and its feed from the store."""

@@ -1,0 +1,90 @@
+"""The latest statistics of every engine, with their age.
+
+In come `EngineStats` records as the store brings them, out comes a sample for a replica if it is fresh.
+The table changes in place and apart from the view: samples come every second from every engine, and a
+picker wants the latest at the moment it picks. A stale or foreign sample is unknown, never zero.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from millrace.core.v1 import stats_pb2
+
+from core.clock import Clock, from_timestamp
+
+# Agents sample every second. Beyond this an engine's queue may have turned over completely, so that
+# the number says nothing any more.
+STALE_SECONDS = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One sample of an engine. None is unknown.
+
+    Attributes:
+        incarnation: Engine run that it comes from.
+        taken_seconds: When it was taken, on the monotonic clock of this process.
+        running_requests: In the running batch.
+        waiting_requests: In the engine's queue.
+        kv_usage_ratio: Share of the key/value cache in use, 0 to 1.
+        own_in_flight: Most requests that this process had there at once since the sample before: the
+            part of the engine's count that is ours.
+    """
+
+    incarnation: str
+    taken_seconds: float
+    running_requests: int | None
+    waiting_requests: int | None
+    kv_usage_ratio: float | None
+    own_in_flight: int
+
+    @property
+    def others_in_flight(self) -> int | None:
+        """Requests that others have there; None when the engine did not say."""
+        if self.running_requests is None and self.waiting_requests is None:
+            return None
+        total = (self.running_requests or 0) + (self.waiting_requests or 0)
+        return max(0, total - self.own_in_flight)
+
+
+class SampleTable:
+    """Latest sample by replica; bounded by `retain`, which forgets replicas that left the store."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._samples: dict[str, Sample] = {}
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def record(self, stats: stats_pb2.EngineStats, *, own_in_flight: int) -> None:
+        """Keeps a sample. Its age counts from when it was taken, as far as the clocks agree."""
+        taken = from_timestamp(stats.sample_time)
+        # A node whose clock runs ahead must not make samples younger than now.
+        age = 0.0 if taken is None else max(0.0, (self._clock.now() - taken).total_seconds())
+        self._samples[stats.replica] = Sample(
+            incarnation=stats.incarnation,
+            taken_seconds=self._clock.monotonic() - age,
+            running_requests=stats.running_requests if stats.HasField("running_requests") else None,
+            waiting_requests=stats.waiting_requests if stats.HasField("waiting_requests") else None,
+            kv_usage_ratio=stats.kv_usage_ratio if stats.HasField("kv_usage_ratio") else None,
+            own_in_flight=own_in_flight,
+        )
+
+    def fresh(self, replica: str, incarnation: str) -> Sample | None:
+        """Returns the sample of an engine run; None when there is none younger than STALE_SECONDS."""
+        sample = self._samples.get(replica)
+        if sample is None or sample.incarnation != incarnation:
+            return None
+        return None if self._clock.monotonic() - sample.taken_seconds > STALE_SECONDS else sample
+
+    def age_seconds(self, replica: str) -> float | None:
+        """Returns how old the latest sample of a replica is; None without one."""
+        sample = self._samples.get(replica)
+        return None if sample is None else self._clock.monotonic() - sample.taken_seconds
+
+    def retain(self, replicas: Iterable[str]) -> None:
+        """Forgets all other replicas."""
+        kept = set(replicas)
+        for replica in [each for each in self._samples if each not in kept]:
+            del self._samples[replica]

@@ -1,0 +1,107 @@
+"""Loads, passive health, retry budget: what a router counts by itself."""
+
+import asyncio
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from router.upstream.budget import BURST, RetryBudget
+from router.upstream.health import EndpointHealth
+from router.upstream.loads import LoadTable
+from router.view.view import Endpoint, EndpointState
+from tests.support.clock import ManualClock
+
+
+def _endpoint(replica: str = "r", incarnation: str = "i") -> Endpoint:
+    return Endpoint("a", "d", replica, "http://h", "d", "m", EndpointState.READY, incarnation, 1, "n")
+
+
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.booleans()), max_size=20))
+def test_in_flight_returns_to_zero_however_requests_end(requests: list[tuple[str, bool]]) -> None:
+    loads = LoadTable()
+
+    async def one(replica: str, fails: bool) -> None:
+        with loads.hold(replica):
+            await asyncio.sleep(0)
+            if fails:
+                raise RuntimeError
+
+    async def all_of_them() -> None:
+        tasks = [asyncio.ensure_future(one(*each)) for each in requests]
+        await asyncio.sleep(0)
+        assert loads.total == len(requests)
+        for task in tasks[::3]:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    asyncio.run(all_of_them())
+    assert loads.total == 0
+    assert all(loads.in_flight(replica) == 0 for replica in "abc")
+
+
+def test_load_is_counted_before_the_first_await() -> None:
+    loads = LoadTable()
+    with loads.hold("r"), loads.hold("r"):
+        assert loads.in_flight("r") == 2
+    assert loads.in_flight("r") == 0
+
+
+def test_peak_is_the_most_since_it_was_taken() -> None:
+    loads = LoadTable()
+    with loads.hold("r"):
+        with loads.hold("r"), loads.hold("r"):
+            pass
+        assert loads.take_peak("r") == 3
+        assert loads.take_peak("r") == 1
+    assert loads.take_peak("r") == 1
+    assert loads.take_peak("r") == 0
+
+
+async def test_ejection_doubles_up_to_its_bound_and_success_clears_it() -> None:
+    clock = ManualClock()
+    health = EndpointHealth(clock)
+    endpoint = _endpoint()
+    for expected in (1, 2, 4, 8, 16, 30, 30):
+        assert health.failed(endpoint) == pytest.approx(expected)
+        assert health.is_ejected(endpoint)
+        await clock.advance(expected - 0.01)
+        assert health.is_ejected(endpoint)
+        await clock.advance(0.02)
+        assert not health.is_ejected(endpoint)
+    health.succeeded(endpoint)
+    assert health.failed(endpoint) == pytest.approx(1)
+
+
+async def test_failures_of_one_moment_are_one_failure() -> None:
+    clock = ManualClock()
+    health = EndpointHealth(clock)
+    for _ in range(100):
+        health.failed(_endpoint())
+    await clock.advance(1.01)
+    assert not health.is_ejected(_endpoint())
+
+
+def test_new_incarnation_starts_clean_and_the_gone_are_forgotten() -> None:
+    health = EndpointHealth(ManualClock())
+    health.failed(_endpoint())
+    assert not health.is_ejected(_endpoint(incarnation="next"))
+    assert health.last_failure_seconds(_endpoint(incarnation="next")) == float("-inf")
+    # A late success of the new run does not clear the old one's mark, and the other way round.
+    health.succeeded(_endpoint(incarnation="next"))
+    assert health.is_ejected(_endpoint())
+    health.retain([_endpoint(incarnation="next")])
+    assert not health.is_ejected(_endpoint())
+
+
+async def test_budget_is_a_fifth_of_the_requests_and_ten_a_second() -> None:
+    clock = ManualClock()
+    budget = RetryBudget(clock)
+    assert sum(budget.take() for _ in range(1000)) == int(BURST)
+    for _ in range(50):
+        budget.request()
+    assert sum(budget.take() for _ in range(1000)) == 10
+    await clock.advance(1.0)
+    assert sum(budget.take() for _ in range(1000)) == 10
+    await clock.advance(3600.0)
+    assert budget.tokens == BURST

@@ -1,0 +1,122 @@
+"""Building the view: who a key is, what a model name means, in which order endpoints stand."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from millrace.core.v1 import deployment_pb2, endpoint_pb2
+from millrace.state.v1 import records_pb2
+
+from core.identity import hash_secret
+from core.store import keys
+from router.view.view import Deployment, EndpointState, Miss, View, build_view, endpoint_of
+
+KEY_HASH = hash_secret("sk-1")
+
+
+def _deployment(name: str, model: str = "org/m", namespace: str = "a") -> records_pb2.DeploymentRecord:
+    return records_pb2.DeploymentRecord(
+        namespace=namespace, name=name, spec=deployment_pb2.DeploymentSpec(model=model)
+    )
+
+
+def _endpoint(replica: str, deployment: str = "d1", namespace: str = "a") -> endpoint_pb2.Endpoint:
+    return endpoint_pb2.Endpoint(
+        namespace=namespace, deployment=deployment, replica=replica, url="http://h:1/", incarnation="i"
+    )
+
+
+def _view(
+    *deployments: records_pb2.DeploymentRecord, endpoints: list[endpoint_pb2.Endpoint] | None = None
+) -> View:
+    record = records_pb2.ApiKeyRecord(key_hash=KEY_HASH, namespace="a")
+    return build_view(
+        version=1,
+        endpoints=endpoints or [],
+        api_keys={keys.spec_key(KEY_HASH): record},
+        deployments=deployments,
+    )
+
+
+def _resolve(view: View, model: str) -> "str | Miss":
+    tenant = view.authenticate(KEY_HASH)
+    assert tenant is not None
+    found = tenant.resolve(model)
+    return found.name if isinstance(found, Deployment) else found
+
+
+@pytest.mark.parametrize(
+    ("deployments", "model", "expected"),
+    [
+        ([_deployment("d1")], "d1", "d1"),
+        ([_deployment("d1")], "org/m", "d1"),
+        ([_deployment("d1")], "d2", Miss.UNKNOWN),
+        ([_deployment("d1")], "", Miss.UNKNOWN),
+        ([], "d1", Miss.UNKNOWN),
+        ([_deployment("d1"), _deployment("d2")], "org/m", Miss.AMBIGUOUS),
+        ([_deployment("d1"), _deployment("d2")], "d2", "d2"),
+        # Ambiguity within another namespace is none here.
+        ([_deployment("d1"), _deployment("d2", namespace="b")], "org/m", "d1"),
+        # A name wins over a declared model id.
+        ([_deployment("d1", "d2"), _deployment("d2", "org/m")], "d2", "d2"),
+        ([_deployment("d1", namespace="b")], "d1", Miss.UNKNOWN),
+    ],
+)
+def test_resolve(deployments: list[records_pb2.DeploymentRecord], model: str, expected: "str | Miss") -> None:
+    assert _resolve(_view(*deployments), model) == expected
+
+
+def test_only_a_key_under_its_own_hash_opens_its_namespace() -> None:
+    other = hash_secret("sk-2")
+    view = build_view(
+        version=1,
+        endpoints=[],
+        api_keys={
+            keys.spec_key(KEY_HASH): records_pb2.ApiKeyRecord(key_hash=KEY_HASH, namespace="a"),
+            keys.spec_key(other): records_pb2.ApiKeyRecord(key_hash=KEY_HASH, namespace="b"),
+            keys.spec_key("x"): records_pb2.ApiKeyRecord(key_hash="x"),
+        },
+        deployments=[],
+    )
+    tenant = view.authenticate(KEY_HASH)
+    assert tenant is not None
+    assert tenant.name == "a"
+    assert view.authenticate(other) is None
+    assert view.authenticate("x") is None
+    assert View().authenticate(KEY_HASH) is None
+
+
+@given(st.permutations([_endpoint(f"d1-{n}") for n in range(5)]))
+def test_endpoints_stand_in_the_order_of_their_replicas(endpoints: list[endpoint_pb2.Endpoint]) -> None:
+    deployment = _view(_deployment("d1"), endpoints=endpoints).deployment("a", "d1")
+    assert deployment is not None
+    assert [each.replica for each in deployment.endpoints] == [f"d1-{n}" for n in range(5)]
+
+
+def test_endpoint_without_a_declaration_serves_nobody() -> None:
+    view = _view(_deployment("d1"), endpoints=[_endpoint("x", deployment="gone")])
+    assert _resolve(view, "gone") is Miss.UNKNOWN
+    assert view.deployment("a", "gone") is None
+
+
+def test_view_cannot_be_changed() -> None:
+    view = _view(_deployment("d1"))
+    with pytest.raises(AttributeError):
+        view.version = 2  # type: ignore[misc]
+    with pytest.raises(TypeError):
+        view.api_keys["x"] = view.api_keys[KEY_HASH]  # type: ignore[index]
+    with pytest.raises(TypeError):
+        view.tenants["a"].deployments["x"] = view.tenants["a"].deployments["d1"]  # type: ignore[index]
+
+
+def test_endpoint_of_reads_what_is_missing_as_unknown() -> None:
+    record = _endpoint("r")
+    read = endpoint_of(record)
+    assert (read.url, read.weight, read.state) == ("http://h:1", 1, EndpointState.UNSPECIFIED)
+    later_version = endpoint_pb2.Endpoint.FromString(record.SerializeToString() + b"\x38\x63")
+    assert endpoint_of(later_version).state is EndpointState.UNSPECIFIED
+
+
+def test_creation_time_is_left_out_where_it_is_unknown() -> None:
+    deployment = _view(_deployment("d1")).deployment("a", "d1")
+    assert deployment is not None
+    assert deployment.create_time_seconds is None
