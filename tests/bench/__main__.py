@@ -54,11 +54,11 @@ async def _declare_once(stack: LocalStack, index: int) -> tuple[float, float, fl
             await asyncio.sleep(0.002)
     served_ms = (time.monotonic() - began) * 1000
     deployment = await call(stack, "GET", f"/v1/deployments/bench/{name}")
-    (replica,) = deployment["status_detail"]["replicas"]
+    (replica,) = deployment["replica_states"]
     declared = datetime.fromisoformat(deployment["create_time"])
     ready = datetime.fromisoformat(replica["ready_time"])
     engine_ms = float(replica["engine_start_ms"])
-    await call(stack, "DELETE", f"/v1/deployments/bench/{name}")
+    await call(stack, "DELETE", f"/v1/deployments/bench/{name}", expect=204)
     return (ready - declared).total_seconds() * 1000 - engine_ms, engine_ms, served_ms
 
 

@@ -85,7 +85,7 @@ async def test_streaming_carries_the_same_text_and_exact_usage(stack: LocalStack
 
 async def test_the_status_shows_what_the_engine_says(stack: LocalStack) -> None:
     deployment = await call(stack, "GET", f"/v1/deployments/{NAMESPACE}/{NAME}")
-    (replica,) = deployment["status_detail"]["replicas"]
+    (replica,) = deployment["replica_states"]
     assert replica["state"] == "ready"
     assert replica["engine_start_ms"] > 1000
     assert "weights" in deployment["sizing"]["summary"]
@@ -127,8 +127,8 @@ async def test_a_vllm_that_cannot_start_says_why(stack: LocalStack, tmp_path: Pa
 
     async def failed() -> bool:
         seen.update(await call(stack, "GET", "/v1/deployments/faults/wrong-flag"))
-        return bool((seen["status_detail"].get("last_failure") or {}).get("log_tail"))
+        return bool((seen.get("last_failure") or {}).get("log_tail"))
 
     await eventually(failed, timeout_seconds=120, interval_seconds=0.5)
-    assert "no-such-type" in "\n".join(seen["status_detail"]["last_failure"]["log_tail"])
-    await call(stack, "DELETE", "/v1/deployments/faults/wrong-flag")
+    assert "no-such-type" in "\n".join(seen["last_failure"]["log_tail"])
+    await call(stack, "DELETE", "/v1/deployments/faults/wrong-flag", expect=204)

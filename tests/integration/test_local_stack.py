@@ -140,7 +140,7 @@ async def test_declare_exactly_as_documented_then_use_scale_and_delete(stack: Lo
         await wait_ready(stack, 3, "team-ai", "qwen-72b")
         await call(stack, "PATCH", "/v1/deployments/team-ai/qwen-72b", {"replicas": 1})
         await wait_ready(stack, 1, "team-ai", "qwen-72b")
-    await call(stack, "DELETE", "/v1/deployments/team-ai/qwen-72b")
+    await call(stack, "DELETE", "/v1/deployments/team-ai/qwen-72b", expect=204)
     await call(stack, "GET", "/v1/deployments/team-ai/qwen-72b", expect=404)
     await eventually(lambda: len(stack.engine_pids()) == 2, timeout_seconds=30)
 

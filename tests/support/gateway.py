@@ -25,7 +25,7 @@ async def call(
 async def ready_replicas(stack: LocalStack, namespace: str, name: str) -> list[dict[str, Any]]:
     """Returns the replicas of a deployment that serve."""
     deployment = await call(stack, "GET", f"/v1/deployments/{namespace}/{name}")
-    return [each for each in deployment["status_detail"]["replicas"] if each["state"] == "ready"]
+    return [each for each in deployment["replica_states"] if each["state"] == "ready"]
 
 
 async def wait_ready(

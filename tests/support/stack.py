@@ -19,6 +19,7 @@ from typing import Any
 
 import psutil
 
+LEFT_SECONDS = 5.0
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
@@ -98,11 +99,13 @@ class LocalStack:
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGINT)
         code = self.process.wait(timeout=90)
-        try:
-            self.wait(lambda: not self.processes(), timeout_seconds=5, message="processes left behind")
-        finally:
-            for process in self.processes():
-                process.kill()
+        deadline = time.monotonic() + LEFT_SECONDS
+        while (left := self.processes()) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        commands = [f"{process.pid}: {' '.join(process.cmdline())}" for process in left]
+        for process in left:
+            process.kill()
+        assert not commands, f"processes left behind: {commands}"
         return code
 
 

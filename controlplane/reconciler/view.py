@@ -1,0 +1,127 @@
+"""What the loop reads: the records of a moment, by key.
+
+`ClusterView` holds one mirror for each prefix; `View` is what they held at one moment, so that everything
+decided in one round rests on the same records. It writes nothing.
+"""
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from google.protobuf.message import Message
+from millrace.core.v1 import endpoint_pb2, replica_pb2
+from millrace.state.v1 import records_pb2
+
+from core.clock import Clock
+from core.store import Store, keys
+from core.store.mirror import Mirror
+
+M = TypeVar("M", bound=Message)
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """The records of one moment, by full key.
+
+    Attributes:
+        deployments: What users want.
+        node_specs: What operators want of nodes.
+        conclusions: What the loop concluded before.
+        assignments: What the loop ordered before.
+        nodes: What fleet knows of nodes.
+        observations: What agents report of replicas.
+        endpoints: What routers use.
+        revisions: Revision of the last write of the keys that the loop writes or depends on.
+    """
+
+    deployments: Mapping[str, records_pb2.DeploymentRecord] = field(default_factory=dict)
+    node_specs: Mapping[str, records_pb2.NodeRecord] = field(default_factory=dict)
+    conclusions: Mapping[str, records_pb2.DeploymentPlanRecord] = field(default_factory=dict)
+    assignments: Mapping[str, replica_pb2.ReplicaAssignment] = field(default_factory=dict)
+    nodes: Mapping[str, records_pb2.NodeObservationRecord] = field(default_factory=dict)
+    observations: Mapping[str, replica_pb2.ReplicaObservation] = field(default_factory=dict)
+    endpoints: Mapping[str, endpoint_pb2.Endpoint] = field(default_factory=dict)
+    revisions: Callable[[str], int] = lambda _: 0
+
+
+class ClusterView:
+    """Mirrors of everything that the loop reads. `run` must be running."""
+
+    def __init__(self, store: Store, clock: Clock) -> None:
+        def mirror(prefix: str, kind: type[M]) -> Mirror[M]:
+            name = f"reconciler {prefix.removeprefix(keys.ROOT).rstrip('/')}"
+            return Mirror(store, prefix, kind.FromString, name=name, clock=clock)
+
+        self._deployments = mirror(keys.SPEC_DEPLOYMENTS, records_pb2.DeploymentRecord)
+        self._node_specs = mirror(keys.SPEC_NODES, records_pb2.NodeRecord)
+        self._conclusions = mirror(keys.PLAN_DEPLOYMENTS, records_pb2.DeploymentPlanRecord)
+        self._assignments = mirror(keys.PLAN_REPLICAS, replica_pb2.ReplicaAssignment)
+        self._nodes = mirror(keys.ACTUAL_NODES, records_pb2.NodeObservationRecord)
+        self._observations = mirror(keys.ACTUAL_REPLICAS, replica_pb2.ReplicaObservation)
+        self._endpoints = mirror(keys.SERVE_ENDPOINTS, endpoint_pb2.Endpoint)
+        self._by_prefix: dict[str, Mirror[Any]] = {
+            keys.SPEC_DEPLOYMENTS: self._deployments,
+            keys.SPEC_NODES: self._node_specs,
+            keys.PLAN_DEPLOYMENTS: self._conclusions,
+            keys.PLAN_REPLICAS: self._assignments,
+            keys.ACTUAL_NODES: self._nodes,
+            keys.ACTUAL_REPLICAS: self._observations,
+            keys.SERVE_ENDPOINTS: self._endpoints,
+        }
+
+    def subscribe(self, wake: Callable[[], None]) -> None:
+        """Has a function called after every change of any prefix."""
+        for mirror in self._by_prefix.values():
+            mirror.subscribe(lambda _changed: wake())
+
+    async def run(self) -> None:
+        """Keeps all mirrors running until cancelled."""
+        async with asyncio.TaskGroup() as group:
+            for mirror in self._by_prefix.values():
+                group.create_task(mirror.run(), name=mirror.name)
+
+    async def wait_synced(self, timeout_seconds: float) -> None:
+        """Waits for the first listing of every prefix.
+
+        Raises:
+            StoreUnavailable: It did not come in time.
+        """
+        for mirror in self._by_prefix.values():
+            await mirror.wait_synced(timeout_seconds)
+
+    async def wait_for(self, written: Sequence[str], revision: int, timeout_seconds: float) -> None:
+        """Waits until own writes to some keys, committed at a revision, are visible.
+
+        Raises:
+            StoreUnavailable: They did not come in time.
+        """
+        touched = {
+            prefix: mirror
+            for prefix, mirror in self._by_prefix.items()
+            if any(key.startswith(prefix) for key in written)
+        }
+        for mirror in touched.values():
+            await mirror.wait_for_revision(revision, timeout_seconds)
+
+    def take(self) -> View:
+        """The records of this moment; later changes do not touch them.
+
+        `revisions` alone stays live: it is to be read before the next await.
+        """
+        return View(
+            deployments=self._deployments.items,
+            node_specs=self._node_specs.items,
+            conclusions=self._conclusions.items,
+            assignments=self._assignments.items,
+            nodes=self._nodes.items,
+            observations=self._observations.items,
+            endpoints=self._endpoints.items,
+            revisions=self._revision_of,
+        )
+
+    def _revision_of(self, key: str) -> int:
+        for prefix, mirror in self._by_prefix.items():
+            if key.startswith(prefix):
+                return mirror.revision_of(key)
+        raise ValueError(f"{key} is under no prefix that the loop reads")

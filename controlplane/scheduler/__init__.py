@@ -1,0 +1,52 @@
+"""What should change, and where: a pure function from a snapshot of the cluster to a plan.
+
+`plan(snapshot, now, new_replica_id)` decides; nothing here reads a clock, the store or the network. The
+words are defined in `structs`, the stages in `reconcile` (what) and `place` (where), the reasons in
+`explain`.
+"""
+
+from controlplane.scheduler.explain import Explanation, NodeVerdict, explain_deployment
+from controlplane.scheduler.planner import plan
+from controlplane.scheduler.structs import (
+    Claim,
+    Conclusion,
+    Condition,
+    DeploymentView,
+    DeviceView,
+    Drain,
+    EngineView,
+    Failure,
+    Need,
+    NodeView,
+    Place,
+    Plan,
+    Policy,
+    Remove,
+    ReplicaView,
+    Snapshot,
+    Truth,
+)
+
+__all__ = [
+    "Claim",
+    "Conclusion",
+    "Condition",
+    "DeploymentView",
+    "DeviceView",
+    "Drain",
+    "EngineView",
+    "Explanation",
+    "Failure",
+    "Need",
+    "NodeVerdict",
+    "NodeView",
+    "Place",
+    "Plan",
+    "Policy",
+    "Remove",
+    "ReplicaView",
+    "Snapshot",
+    "Truth",
+    "explain_deployment",
+    "plan",
+]

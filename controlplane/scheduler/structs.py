@@ -1,0 +1,292 @@
+"""The words of scheduling: an immutable snapshot goes in, a plan in named buckets comes out.
+
+Everything is a frozen value without protobuf, clock or store, so that a plan can be compared, logged and
+replayed. Times are aware UTC datetimes; memory is in bytes.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from enum import Enum
+
+from core.states import DeviceKind, Engine, NodeState, ReplicaState
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """The bounds that decisions keep to, in one place.
+
+    Attributes:
+        drain: How long a draining replica may finish its requests.
+        unclaimed_grace: After the drain deadline, how long a replica that no agent ever took up is kept.
+        stable: A replica that served so long ends a row of failures.
+        back_off_max: Longest wait between attempts.
+        frozen_share: More than this share of nodes without word is a fault of ours or of the network.
+        frozen_nodes_min: A single silent machine beside others that answer is a dead machine, not a fault
+            of the network; below this many, only a cluster without any answering node is frozen.
+        surge: Replicas above the wanted number while others are replaced.
+    """
+
+    drain: timedelta = timedelta(seconds=30)
+    unclaimed_grace: timedelta = timedelta(seconds=30)
+    stable: timedelta = timedelta(seconds=60)
+    back_off_max: timedelta = timedelta(seconds=300)
+    frozen_share: float = 0.30
+    frozen_nodes_min: int = 2
+    surge: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """What one replica takes.
+
+    Attributes:
+        engine: Program that serves it.
+        device_kinds: Kinds of device that can run it, best first; empty for no device.
+        device_count: Equal devices of one node.
+        memory_bytes: Memory over all devices.
+    """
+
+    engine: Engine
+    device_kinds: tuple[DeviceKind, ...] = ()
+    device_count: int = 0
+    memory_bytes: int = 0
+
+    @property
+    def device_memory_bytes(self) -> int:
+        """Memory on each device, rounded up."""
+        return -(-self.memory_bytes // self.device_count) if self.device_count else 0
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """How a replica ended by itself.
+
+    Attributes:
+        replica: Which.
+        node: Where it ran.
+        message: What happened.
+        time: When.
+        consecutive: Failed attempts in a row.
+        next_attempt: When the next one is made; None when it is made at once.
+    """
+
+    replica: str
+    node: str
+    message: str
+    time: datetime
+    consecutive: int
+    next_attempt: datetime | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class DeploymentView:
+    """What a user wants, and what was concluded about it before.
+
+    Attributes:
+        key: `namespace/name`.
+        uid: Tells a re-created deployment apart.
+        generation: Grows with every change of the spec.
+        launch_generation: Grows with every change that needs new engines.
+        desired: Replicas wanted.
+        need: What one takes.
+        external_urls: URLs of an external deployment: one replica each.
+        failure: The last failure; None where none is remembered.
+        observed_generation: Generation of the previous conclusion; 0 without one.
+    """
+
+    key: str
+    uid: str
+    generation: int
+    launch_generation: int
+    desired: int
+    need: Need
+    external_urls: tuple[str, ...] = ()
+    failure: Failure | None = None
+    observed_generation: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceView:
+    """A device of a node."""
+
+    device_id: str
+    kind: DeviceKind
+    memory_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class EngineView:
+    """An engine that a node can start, or why it cannot."""
+
+    engine: Engine
+    device_kinds: frozenset[DeviceKind]
+    unavailable_reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class NodeView:
+    """A machine, as the control plane believes it to be."""
+
+    name: str
+    state: NodeState
+    cordoned: bool = False
+    draining: bool = False
+    devices: tuple[DeviceView, ...] = ()
+    engines: tuple[EngineView, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """Memory taken on a device."""
+
+    device_id: str
+    memory_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaView:
+    """A replica: what was ordered and what was seen of it.
+
+    Attributes:
+        replica: Identifier, unique for all time.
+        deployment: `namespace/name` of its owner.
+        uid: Owner's uid.
+        generation: Launch generation that it comes from.
+        node: Where it is placed.
+        claims: What it takes there.
+        draining: True once it was ordered to end.
+        state: How far it has come; ASSIGNED until the agent says more.
+        created: When it was placed.
+        external_url: URL that it stands for; empty for engines of our own.
+        healthy: False once a serving engine fails its checks.
+        observed: True once an agent has reported it.
+        state_time: When it came to its state; None where that is not known.
+        ready_time: When it first served; None if never.
+        drain_deadline: When it is stopped at the latest; None while it serves.
+        message: What the agent says.
+    """
+
+    replica: str
+    deployment: str
+    uid: str
+    generation: int
+    node: str
+    claims: tuple[Claim, ...]
+    draining: bool
+    state: ReplicaState
+    created: datetime
+    external_url: str = ""
+    healthy: bool = True
+    observed: bool = False
+    state_time: datetime | None = None
+    ready_time: datetime | None = None
+    drain_deadline: datetime | None = None
+    message: str = ""
+
+    @property
+    def serves(self) -> bool:
+        """True while it takes requests."""
+        return not self.draining and self.state is ReplicaState.READY
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """The whole cluster at one moment."""
+
+    deployments: Mapping[str, DeploymentView] = field(default_factory=dict)
+    nodes: Mapping[str, NodeView] = field(default_factory=dict)
+    replicas: Mapping[str, ReplicaView] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Start a replica."""
+
+    replica: str
+    deployment: str
+    node: str
+    claims: tuple[Claim, ...]
+    why: str
+    external_url: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Drain:
+    """Let a replica finish and end."""
+
+    replica: str
+    deployment: str
+    deadline: datetime
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Remove:
+    """Forget a replica: it has ended, or its node is gone.
+
+    Attributes:
+        replica: Which.
+        deployment: Its owner.
+        why: In words.
+        reason: In CamelCase: Stopped, ReplicaFailed, NodeLost.
+    """
+
+    replica: str
+    deployment: str
+    why: str
+    reason: str
+
+
+class Truth(Enum):
+    """A three-valued truth."""
+
+    TRUE = 1
+    FALSE = 2
+    UNKNOWN = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Condition:
+    """One fact about a deployment."""
+
+    status: Truth
+    reason: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Conclusion:
+    """What was concluded about a deployment."""
+
+    deployment: str
+    scheduled: Condition
+    available: Condition
+    failure: Failure | None = None
+    pending: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What to do now.
+
+    Attributes:
+        place: Replicas to start.
+        drain: Replicas to let finish.
+        remove: Replicas to forget.
+        conclusions: What to tell users, one for each deployment.
+        retry_after: When time alone can change the plan; None when only an event can.
+        frozen: Why rescheduling off silent nodes is suspended; empty when it is not.
+    """
+
+    place: tuple[Place, ...] = ()
+    drain: tuple[Drain, ...] = ()
+    remove: tuple[Remove, ...] = ()
+    conclusions: tuple[Conclusion, ...] = ()
+    retry_after: datetime | None = None
+    frozen: str = ""
+
+    @property
+    def empty(self) -> bool:
+        """True when nothing is to be done."""
+        return not (self.place or self.drain or self.remove)

@@ -1,0 +1,66 @@
+from typing import Any
+
+import pytest
+from millrace.core.v1 import endpoint_pb2, replica_pb2, types_pb2
+
+from controlplane.reconciler import endpoints
+
+READY, DRAINING = types_pb2.REPLICA_STATE_READY, types_pb2.REPLICA_STATE_DRAINING
+
+
+def assignment(*, draining: bool = False) -> replica_pb2.ReplicaAssignment:
+    return replica_pb2.ReplicaAssignment(
+        namespace="team",
+        deployment="qwen",
+        replica="qwen-a",
+        node="node-1",
+        desired_state=DRAINING if draining else READY,
+        launch=replica_pb2.LaunchSpec(model="org/model", served_model_name="qwen"),
+    )
+
+
+def observation(state: types_pb2.ReplicaState.ValueType, **fields: Any) -> replica_pb2.ReplicaObservation:
+    return replica_pb2.ReplicaObservation(
+        **{"state": state, "healthy": True, "url": "http://e", "incarnation": "i", **fields}
+    )
+
+
+def published(
+    state: types_pb2.EndpointState.ValueType = types_pb2.ENDPOINT_STATE_READY,
+) -> endpoint_pb2.Endpoint:
+    return endpoint_pb2.Endpoint(replica="qwen-a", url="http://e", state=state)
+
+
+@pytest.mark.parametrize(
+    ("order", "seen", "present", "expected"),
+    [
+        (assignment(), None, None, None),
+        (assignment(), observation(types_pb2.REPLICA_STATE_STARTING), None, None),
+        (assignment(), observation(READY, url=""), None, None),
+        (assignment(), observation(READY), None, types_pb2.ENDPOINT_STATE_READY),
+        (assignment(), observation(READY, healthy=False), None, types_pb2.ENDPOINT_STATE_UNHEALTHY),
+        (assignment(), None, published(), types_pb2.ENDPOINT_STATE_READY),
+        (assignment(draining=True), None, published(), types_pb2.ENDPOINT_STATE_DRAINING),
+        (assignment(draining=True), observation(READY), published(), types_pb2.ENDPOINT_STATE_DRAINING),
+        (assignment(draining=True), observation(DRAINING), published(), types_pb2.ENDPOINT_STATE_DRAINING),
+        (assignment(draining=True), observation(READY), None, None),
+        (assignment(), observation(types_pb2.REPLICA_STATE_FAILED), published(), None),
+        (assignment(draining=True), observation(types_pb2.REPLICA_STATE_STOPPED), published(), None),
+    ],
+)
+def test_what_routers_should_see(
+    order: replica_pb2.ReplicaAssignment,
+    seen: replica_pb2.ReplicaObservation | None,
+    present: endpoint_pb2.Endpoint | None,
+    expected: int | None,
+) -> None:
+    found = endpoints(
+        {"qwen-a": order},
+        {} if seen is None else {"qwen-a": seen},
+        {} if present is None else {"qwen-a": present},
+    )
+    assert {each.state for each in found.values()} == ({expected} if expected is not None else set())
+
+
+def test_an_endpoint_without_an_assignment_goes() -> None:
+    assert endpoints({}, {"qwen-a": observation(READY)}, {"qwen-a": published()}) == {}
