@@ -147,7 +147,7 @@ async def test_declared_engine_becomes_ready_and_serves(world: World) -> None:
     assert psutil.Process(pid).environ()["MILLRACE_REPLICA"] == "chat-a"
     await eventually(lambda: "chat-a" in world.fleet.stats)
     assert world.fleet.stats["chat-a"].HasField("running_requests")
-    assert world.fleet.heartbeats > 0
+    await eventually(lambda: world.fleet.heartbeats > 0)
     assert [device.id for device in world.fleet.inventory.devices] == ["cpu"]
 
 

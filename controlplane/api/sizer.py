@@ -1,0 +1,102 @@
+"""What one replica of a spec needs, and whether any known node could ever hold it.
+
+In comes a checked spec, out comes its `Sizing`; refusals carry the field as the caller wrote it. The
+numbers come from `controlplane.sizing`, the devices from what agents reported.
+"""
+
+from collections import Counter
+
+from millrace.core.v1 import deployment_pb2, node_pb2, sizing_pb2, types_pb2
+
+from controlplane.api.models import ModelSource
+from controlplane.api.view import ClusterView
+from controlplane.convert import sizing_to_proto, struct_to_dict
+from controlplane.sizing import DeviceOption, ModelFacts, SizingRequest, size
+from core.errors import FailedPrecondition, FieldViolation, InvalidArgument
+from core.states import DeviceKind, Engine, Quantization
+
+
+class Sizer:
+    """Sizes specs against the nodes that are known."""
+
+    def __init__(self, view: ClusterView, models: ModelSource) -> None:
+        self._view = view
+        self._models = models
+
+    async def size(self, spec: deployment_pb2.DeploymentSpec, prefix: str) -> sizing_pb2.Sizing:
+        """Sizes one replica.
+
+        Args:
+            spec: Checked, with defaults.
+            prefix: Put before field names in errors, such as `models[0].`.
+
+        Raises:
+            InvalidArgument: The model cannot be found, or does not go with what was asked for.
+            FailedPrecondition: No known node could ever hold it.
+        """
+        try:
+            facts: ModelFacts | None = None
+            if spec.engine == types_pb2.ENGINE_VLLM:
+                facts = await self._models.facts(spec.model)
+            request = SizingRequest(
+                engine=Engine(spec.engine),
+                facts=facts,
+                quantization=Quantization(spec.quantization),
+                max_model_len=spec.max_model_len if spec.HasField("max_model_len") else None,
+                extra_args=struct_to_dict(spec.extra_args),
+            )
+            return sizing_to_proto(size(request, self.device_options(spec.engine)))
+        except InvalidArgument as error:
+            metadata = {**error.metadata, "field": prefix + error.metadata.get("field", "")}
+            raise InvalidArgument(
+                [FieldViolation(prefix + each.field, each.description) for each in error.violations],
+                reason=error.reason,
+                metadata=metadata,
+            ) from error
+        except FailedPrecondition as error:
+            field = prefix + error.metadata.get("field", "model")
+            raise FailedPrecondition(
+                f"{field}: {error.message}",
+                reason=error.reason,
+                metadata={**error.metadata, "field": field},
+            ) from error
+
+    def device_options(self, engine: types_pb2.Engine.ValueType) -> list[DeviceOption]:
+        """Returns the devices that an engine can use, grouped by node.
+
+        Where no node offers the engine yet, every device counts: an engine can be installed later. Lost
+        nodes do not count, since they may never come back. Empty means that no device is known.
+        """
+        alive = [
+            machine.inventory
+            for machine in self._view.machines.items.values()
+            if machine.state != types_pb2.NODE_STATE_LOST
+        ]
+        usable = [option for inventory in alive for option in _options(inventory, engine)]
+        return usable or [option for inventory in alive for option in _options(inventory, None)]
+
+
+def _options(
+    inventory: node_pb2.NodeInventory, engine: types_pb2.Engine.ValueType | None
+) -> list[DeviceOption]:
+    kinds = {
+        kind
+        for environment in inventory.engines
+        if environment.engine == engine and not environment.unavailable_reason
+        for kind in environment.device_kinds
+    }
+    equal = Counter(
+        (device.kind, device.memory_bytes, device.product)
+        for device in inventory.devices
+        if engine is None or device.kind in kinds
+    )
+    return [
+        DeviceOption(
+            kind=DeviceKind(kind),
+            memory_bytes=memory_bytes,
+            count=count,
+            node=inventory.node,
+            product=product,
+        )
+        for (kind, memory_bytes, product), count in equal.items()
+    ]

@@ -1,0 +1,1 @@
+"""How an engine is run: as a process of this machine."""
