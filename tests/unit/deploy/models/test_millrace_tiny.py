@@ -179,5 +179,5 @@ def test_no_file_names_a_place_on_a_machine() -> None:
             (length,) = struct.unpack_from("<Q", path.read_bytes())
             text = text[8 : 8 + length]
         found = ABSOLUTE_PATH.search(text)
-        assert found is None, f"{path.name}: {found and found.group()}"
+        assert found is None, f"{path.name}: {found.group()}"
         assert '"_name_or_path": "/' not in text
