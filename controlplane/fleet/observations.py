@@ -4,11 +4,13 @@ In come observations, out go transactions. A state never moves backward, and a r
 its assignment does: what nobody assigned is named to the agent instead of being stored.
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
+from datetime import datetime
 
 import structlog
 from millrace.core.v1 import replica_pb2, types_pb2
 
+from core.clock import to_timestamp
 from core.errors import Conflict
 from core.store import Commit, Compare, Delete, Mirror, Put, Store, keys
 
@@ -94,6 +96,38 @@ class ObservationWriter:
             f"replica {observation.replica} changed {WRITE_ATTEMPTS_MAX} times while it was written",
             metadata={"replica": observation.replica},
         )
+
+    async def fail_missing(
+        self, node: str, reported: Collection[str], now: datetime
+    ) -> list[replica_pb2.ReplicaObservation]:
+        """Fails what ran on a node and is unknown to the agent that has just opened its session.
+
+        An agent that lost its journal cannot adopt what it started, and its reports of a fresh start would
+        move backward and be dropped: without this the replica would be stuck in its last state.
+
+        Returns:
+            The replicas that were failed.
+
+        Raises:
+            StoreUnavailable: The store did not answer.
+            Conflict: A record changed more often than it was retried.
+        """
+        failed: list[replica_pb2.ReplicaObservation] = []
+        for known in self._actual.items.values():
+            running = types_pb2.REPLICA_STATE_STARTING <= known.state < types_pb2.REPLICA_STATE_STOPPED
+            if known.node != node or known.replica in reported or not running:
+                continue
+            observation = replica_pb2.ReplicaObservation()
+            observation.CopyFrom(known)
+            observation.state = types_pb2.REPLICA_STATE_FAILED
+            observation.state_time.CopyFrom(to_timestamp(now))
+            observation.healthy = False
+            observation.message = (
+                "the agent no longer knows it (its journal is gone, or the machine was set up anew)"
+            )
+            if await self._write_one(observation):
+                failed.append(observation)
+        return failed
 
     async def forget(self, actual_keys: Iterable[str]) -> None:
         """Deletes the records whose assignment is gone.

@@ -114,6 +114,9 @@ class FleetServicer(fleet_service_pb2_grpc.FleetServiceServicer):
         try:
             await self._nodes.opened(session, inventory)
             await self._observations.write(inventory.node, request.replicas)
+            missing = await self._observations.fail_missing(
+                inventory.node, {each.replica for each in request.replicas}, self._clock.now()
+            )
         except BaseException:
             self._sessions.close(session)
             raise
@@ -122,6 +125,7 @@ class FleetServicer(fleet_service_pb2_grpc.FleetServiceServicer):
             node=inventory.node,
             devices=len(inventory.devices),
             replicas=len(request.replicas),
+            missing=[each.replica for each in missing],
         )
         return fleet_service_pb2.OpenSessionResponse(
             session_id=session.session_id,

@@ -45,6 +45,7 @@ class Events:
 @dataclass
 class World:
     store: MemoryStore
+    fleet: FleetService
     stub: "fleet_service_pb2_grpc.FleetServiceAsyncStub"
     events: Events
 
@@ -58,7 +59,7 @@ class World:
         return answer.session_id
 
     async def assign(self, replica: str, node: str = "n1") -> None:
-        await self.store.commit(
+        commit = await self.store.commit(
             [
                 Put(
                     keys.plan_replica("ns", "d", replica),
@@ -68,6 +69,13 @@ class World:
                 )
             ]
         )
+        await self.fleet._plans.wait_for_revision(commit.revision, 5)
+
+    async def settled(self) -> None:
+        """Waits until fleet sees every observation that is stored."""
+        page = await self.store.list(keys.ACTUAL_REPLICAS)
+        last = max((item.mod_revision for item in page.items), default=0)
+        await self.fleet._actual.wait_for_revision(last, 5)
 
     async def node(self) -> records_pb2.NodeObservationRecord:
         found = await self.store.get(keys.actual_node("n1"))
@@ -102,7 +110,7 @@ async def world() -> AsyncIterator[World]:
     )
     running = asyncio.create_task(fleet.run(), name="fleet")
     async with open_channel(f"127.0.0.1:{server.port}") as channel:
-        yield World(store, fleet_service_pb2_grpc.FleetServiceStub(channel), events)
+        yield World(store, fleet, fleet_service_pb2_grpc.FleetServiceStub(channel), events)
     await cancel_and_wait(running)
     await server.stop(0)
     await store.close()
@@ -136,7 +144,6 @@ async def test_assignments_come_complete_then_as_changes(world: World) -> None:
 async def test_reports_only_move_forward_and_unknown_replicas_are_named(world: World) -> None:
     await world.assign("r1")
     session = await world.open()
-    await asyncio.sleep(0.05)
 
     async def report(*replicas: replica_pb2.ReplicaObservation) -> list[str]:
         answer = await world.stub.ReportReplicas(
@@ -157,7 +164,6 @@ async def test_reports_only_move_forward_and_unknown_replicas_are_named(world: W
 
 async def test_an_observation_ends_with_its_assignment(world: World) -> None:
     await world.assign("r1")
-    await asyncio.sleep(0.05)
     await world.open(observation("r1", types_pb2.REPLICA_STATE_READY))
     assert await world.observed("r1") is not None
     await world.store.commit([Delete(keys.plan_replica("ns", "d", "r1"))])
@@ -166,6 +172,28 @@ async def test_an_observation_ends_with_its_assignment(world: World) -> None:
         return await world.observed("r1") is None
 
     await eventually(forgotten)
+
+
+async def test_what_a_returning_agent_does_not_know_has_failed(world: World) -> None:
+    for replica in ("kept", "gone", "fresh"):
+        await world.assign(replica)
+    await world.open(
+        observation("kept", types_pb2.REPLICA_STATE_READY),
+        observation("gone", types_pb2.REPLICA_STATE_READY),
+        observation("fresh", types_pb2.REPLICA_STATE_PREPARING),
+    )
+    await world.settled()
+    await world.open(observation("kept", types_pb2.REPLICA_STATE_READY))
+    states = {}
+    for replica in ("kept", "gone", "fresh"):
+        seen = await world.observed(replica)
+        assert seen is not None
+        states[replica] = seen.state
+    assert states == {
+        "kept": types_pb2.REPLICA_STATE_READY,
+        "gone": types_pb2.REPLICA_STATE_FAILED,
+        "fresh": types_pb2.REPLICA_STATE_PREPARING,
+    }
 
 
 async def test_a_node_falls_silent_then_is_lost_then_returns(world: World) -> None:
@@ -196,7 +224,6 @@ async def test_a_newer_session_ends_the_older_one(world: World) -> None:
 async def test_samples_are_kept_for_assigned_replicas_only(world: World) -> None:
     await world.assign("r1")
     session = await world.open()
-    await asyncio.sleep(0.05)
     samples = [
         stats_pb2.EngineStats(namespace="ns", deployment="d", replica=replica, running_requests=3)
         for replica in ("r1", "ghost")
