@@ -53,7 +53,7 @@ def run(arguments: Sequence[str]) -> int:
     except (ValidationError, SettingsError, InvalidArgument, OSError) as error:
         _complain(_describe(error))
         return 2
-    configure(service="millrace-router", level=settings.log_level, style=settings.log_style)
+    configure(service="router", level=settings.log_level, style=settings.log_style)
     inherited = os.environ.get(WORKER_VARIABLE)
     try:
         if inherited is not None:

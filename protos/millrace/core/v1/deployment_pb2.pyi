@@ -180,7 +180,7 @@ class DeploymentStatus(_message.Message):
 
     @_builtins.property
     def last_failure(self) -> Global___ReplicaFailure:
-        """The last failure of a replica; absent when there was none."""
+        """The last failure of a replica; kept until a later replica has served for a while or the spec changes."""
 
     def __init__(
         self,
@@ -271,7 +271,7 @@ class ReplicaSummary(_message.Message):
     url: _builtins.str
     """URL of the engine; empty until it has one."""
     generation: _builtins.int
-    """Generation of the spec that it was started from."""
+    """Launch generation of the spec that it was started from."""
     engine_start_ms: _builtins.int
     """Time from the start of the engine process to the first served token, milliseconds; 0 until known."""
     pid: _builtins.int

@@ -48,13 +48,15 @@ class ReplicaAssignment(_message.Message):
     replica: _builtins.str
     """Identifier of the replica, unique for all time."""
     generation: _builtins.int
-    """Generation of the spec that it comes from."""
+    """Launch generation of the spec that it comes from: changes of the number of replicas do not move it."""
     node: _builtins.str
     """Node that runs it."""
     desired_state: _types_pb2.ReplicaState.ValueType
     """READY while it should serve, DRAINING once it should end."""
     fencing_token: _builtins.int
-    """Fencing token of the leader that wrote it. An agent ignores an order with a smaller one than the last."""
+    """Fencing token of the leader that wrote it. An agent ignores an order for this replica with a smaller one
+    than the last that it obeyed.
+    """
     @_builtins.property
     def devices(self) -> _containers.RepeatedCompositeFieldContainer[Global___DeviceClaim]:
         """Devices and how much of each."""
@@ -212,7 +214,7 @@ class ReplicaObservation(_message.Message):
     replica: _builtins.str
     """Which replica."""
     generation: _builtins.int
-    """Generation of the spec that it comes from."""
+    """Launch generation of the spec that it comes from."""
     node: _builtins.str
     """Where it runs."""
     state: _types_pb2.ReplicaState.ValueType

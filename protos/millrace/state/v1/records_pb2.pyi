@@ -193,7 +193,7 @@ class DeploymentPlanRecord(_message.Message):
 
     @_builtins.property
     def last_failure(self) -> _deployment_pb2.ReplicaFailure:
-        """The last failure; absent when there was none since a replica became ready."""
+        """The last failure; kept until a later replica has served for a while or the spec changes."""
 
     def __init__(
         self,
