@@ -111,7 +111,12 @@ async def _restarts(stack: LocalStack) -> None:
                 lambda name=name, before=before: stack.description["pids"][name] != before,
                 timeout_seconds=30,
             )
-            await asyncio.sleep(5)
+            await wait_ready(stack, NAMESPACE, NAME, 2, timeout_seconds=240)
+            returned = time.monotonic()
+            await eventually(
+                lambda load=load, returned=returned: load.succeeded_since(returned) > 100,
+                timeout_seconds=60,
+            )
         ends = sorted(each.ended for each in load.outcomes if not each.failed)
         gap = max(later - earlier for earlier, later in itertools.pairwise(ends))
         kept = stack.engine_pids() == engines

@@ -31,9 +31,12 @@ async def ready_replicas(stack: LocalStack, namespace: str, name: str) -> list[d
 async def wait_ready(
     stack: LocalStack, namespace: str, name: str, count: int, *, timeout_seconds: float = 30.0
 ) -> None:
-    """Waits until exactly `count` replicas serve."""
+    """Waits until exactly `count` replicas serve; a gateway that is away is waited for."""
 
     async def enough() -> bool:
-        return len(await ready_replicas(stack, namespace, name)) == count
+        try:
+            return len(await ready_replicas(stack, namespace, name)) == count
+        except aiohttp.ClientError:
+            return False
 
     await eventually(enough, timeout_seconds=timeout_seconds, interval_seconds=0.05)
