@@ -32,12 +32,13 @@ from controlplane.fleet.service import FleetService
 from controlplane.gateway.app import Gateway, build_app, start_gateway
 from controlplane.gateway.backend import Backend
 from controlplane.reconciler import Reconciler
-from controlplane.settings import ControlPlaneSettings, read_token, readable_by_others
+from controlplane.settings import ControlPlaneSettings
 from core import VERSION
 from core.clock import Clock, SystemClock
 from core.errors import Unavailable
 from core.identity import Principal, Role, TokenAuthenticator
 from core.rpc import RpcServer, TlsFiles, start_server
+from core.settings import read_token, readable_by_others
 from core.store import Store, StoreUnavailable
 from core.store.election import Leadership
 from core.store.etcd import EtcdStore

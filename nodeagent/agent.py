@@ -17,6 +17,7 @@ from core import errors
 from core.clock import Clock, SystemClock
 from core.identity import Principal, Role, TokenAuthenticator
 from core.rpc import RpcServer, open_channel, start_server
+from core.settings import read_token
 from core.tasks import run_services
 from nodeagent import logs
 from nodeagent.api import POLICY, SERVICE, NodeAgentServicer
@@ -35,7 +36,7 @@ from nodeagent.runtimes.base import LABEL_HOME, LABEL_NODE
 from nodeagent.runtimes.ports import PortAllocator
 from nodeagent.runtimes.process import ProcessRuntime
 from nodeagent.session import Session
-from nodeagent.settings import AgentSettings, read_token
+from nodeagent.settings import AgentSettings
 from nodeagent.stats import StatsCollector
 from nodeagent.supervisor import Supervisor
 

@@ -7,15 +7,14 @@ files, never as values.
 import re
 import socket
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Self
 
 from pydantic import Field, field_validator, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from core import errors
-from core.rpc import TlsFiles, require_safe_bind, split_target
+from core.rpc import require_safe_bind, split_target
+from core.settings import LogOptions, Port, TlsOptions, process_configuration, read_token
 
-Port = Annotated[int, Field(ge=0, le=65535)]
 _NODE = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 
 
@@ -25,17 +24,10 @@ def default_node_name(host_name: str) -> str:
     return name or "node"
 
 
-class AgentSettings(BaseSettings):
+class AgentSettings(LogOptions, TlsOptions):
     """Node agent: starts, watches and stops engines on this machine as the control plane says."""
 
-    model_config = SettingsConfigDict(
-        env_prefix="MILLRACE_NODEAGENT_",
-        cli_prog_name="millrace-nodeagent",
-        cli_kebab_case=True,
-        cli_hide_none_type=True,
-        extra="forbid",
-        frozen=True,
-    )
+    model_config = process_configuration("nodeagent")
 
     node: str = Field(
         "", description="Name of this node, unique in the cluster; default: the host name, made DNS-safe."
@@ -88,18 +80,6 @@ class AgentSettings(BaseSettings):
     stop_engines_on_exit: bool = Field(
         False, description="Stop all engines with the agent; by default they run on and are adopted later."
     )
-    tls_certificate: Path | None = Field(None, description="PEM file of our certificate.")
-    tls_key: Path | None = Field(None, description="PEM file of its key.")
-    tls_authority: Path | None = Field(
-        None, description="PEM file of authorities; checks the control plane and its calls to us."
-    )
-    allow_plaintext: bool = Field(False, description="Listen beyond this machine without TLS, on purpose.")
-    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
-        "INFO", description="Lowest level that is logged."
-    )
-    log_style: Literal["auto", "json", "console"] = Field(
-        "auto", description="auto: readable on a terminal, JSON elsewhere."
-    )
 
     @field_validator("node")
     @classmethod
@@ -128,8 +108,6 @@ class AgentSettings(BaseSettings):
     def _check_together(self) -> Self:
         if self.engine_port_last < self.engine_port_first:
             raise ValueError("--engine-port-last must not be smaller than --engine-port-first")
-        if (self.tls_certificate is None) != (self.tls_key is None):
-            raise ValueError("--tls-certificate and --tls-key come together")
         for option, host in (("--grpc-host", self.grpc_host), ("--metrics-host", self.metrics_host)):
             require_safe_bind(host, self.tls(), allow_plaintext=self.allow_plaintext, option=option)
         return self
@@ -138,22 +116,3 @@ class AgentSettings(BaseSettings):
     def node_name(self) -> str:
         """Name of this node."""
         return self.node or default_node_name(socket.gethostname())
-
-    def tls(self) -> TlsFiles:
-        """Returns the TLS files, of server and client alike."""
-        return TlsFiles(self.tls_certificate, self.tls_key, self.tls_authority)
-
-
-def read_token(path: Path) -> str:
-    """Reads a token from its file.
-
-    Raises:
-        ValueError: The file cannot be read or is empty.
-    """
-    try:
-        token = path.read_text().strip()
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
-    if not token:
-        raise ValueError(f"{path} is empty")
-    return token

@@ -14,22 +14,22 @@ from collections.abc import Coroutine, Sequence
 from typing import Any
 
 import structlog
-import uvloop
-from pydantic import ValidationError
-from pydantic_settings import SettingsError
 
 from core.clock import SystemClock
 from core.errors import InvalidArgument
 from core.logging import configure
+from core.settings import event_loop_runner, give_up, read_settings, read_token
 from core.store.etcd import EtcdStore
 from core.tasks import cancel_and_wait, stop_on_signals
 from router.picking.contract import Strategy
 from router.picking.registry import build_strategy
-from router.server import PortTaken, bind, read_token, serve
+from router.server import PortTaken, bind, serve
 from router.settings import RouterSettings
 from router.supervisor import WORKER_VARIABLE, Supervisor
 
 _log = structlog.get_logger(__name__)
+
+_PROGRAM = "millrace-router"
 
 
 def main() -> None:
@@ -46,13 +46,12 @@ def run(arguments: Sequence[str]) -> int:
     Returns:
         Exit code.
     """
+    settings = read_settings(RouterSettings, arguments)
     try:
-        settings = RouterSettings(_cli_parse_args=list(arguments))
         strategy = build_strategy(settings.strategy)
-        admin_token = read_token(settings.admin_token_file)
-    except (ValidationError, SettingsError, InvalidArgument, OSError) as error:
-        _complain(_describe(error))
-        return 2
+    except InvalidArgument as error:
+        give_up(_PROGRAM, 2, f"--{error.message}")
+    admin_token = read_token(settings.admin_token_file) if settings.admin_token_file else ""
     configure(service="router", level=settings.log_level, style=settings.log_style)
     inherited = os.environ.get(WORKER_VARIABLE)
     try:
@@ -61,8 +60,7 @@ def run(arguments: Sequence[str]) -> int:
         else:
             listener = _claim(settings)
     except PortTaken as error:
-        _complain(str(error))
-        return 1
+        give_up(_PROGRAM, 1, str(error))
     _raise_file_limit()
     with listener:
         if inherited is None and settings.workers > 1:
@@ -136,27 +134,12 @@ def _raise_file_limit() -> None:
 
 def _run(body: Coroutine[Any, Any, None]) -> int:
     try:
-        uvloop.run(body)
+        with event_loop_runner() as runner:
+            runner.run(body)
     except Exception:  # noqa: BLE001 - the last line of a process: whatever ended it is logged, with its trace
         _log.exception("router failed")
         return 1
     return 0
-
-
-def _describe(error: Exception) -> str:
-    if isinstance(error, ValidationError):
-        first = error.errors()[0]
-        option = "-".join(str(part) for part in first["loc"]).replace("_", "-")
-        message = str(first["msg"]).removeprefix("Value error, ")
-        return f"--{option}: {message}" if option else message
-    if isinstance(error, InvalidArgument):
-        violation = error.violations[0]
-        return f"--{violation.field}: {violation.description}"
-    return str(error)
-
-
-def _complain(message: str) -> None:
-    sys.stderr.write(f"millrace-router: {message}\n")
 
 
 if __name__ == "__main__":

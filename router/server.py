@@ -7,7 +7,6 @@ accepted, requests in flight end within the drain period, and everything is clos
 import asyncio
 import errno
 import socket
-from pathlib import Path
 
 import structlog
 from aiohttp import web
@@ -64,15 +63,6 @@ def bind(host: str, port: int, *, shared: bool) -> socket.socket:
         ) from error
     listener.setblocking(False)
     return listener
-
-
-def read_token(path: Path | None) -> str:
-    """Reads a token file; empty without one.
-
-    Raises:
-        OSError: It cannot be read.
-    """
-    return "" if path is None else path.read_text(encoding="utf-8").strip()
 
 
 def public_url(settings: RouterSettings, port: int) -> str:

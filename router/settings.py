@@ -5,32 +5,22 @@ files, never as values.
 """
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
-from pydantic import Field, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import Field, field_validator
 
-from core.store.etcd_settings import EtcdSettings
+from core.settings import EtcdOptions, LogOptions, Port, process_configuration, read_token
 from router.upstream.forward import Timeouts
 
 MEBIBYTE = 1024 * 1024
 
-Port = Annotated[int, Field(ge=0, le=65535)]
 Seconds = Annotated[float, Field(gt=0, le=86_400)]
 
 
-class RouterSettings(BaseSettings):
+class RouterSettings(LogOptions, EtcdOptions):
     """OpenAI-compatible router in front of the ready endpoints of a Millrace cluster."""
 
-    model_config = SettingsConfigDict(
-        env_prefix="MILLRACE_ROUTER_",
-        cli_prog_name="millrace-router",
-        cli_kebab_case=True,
-        cli_hide_none_type=True,
-        cli_implicit_flags=True,
-        extra="forbid",
-        frozen=True,
-    )
+    model_config = process_configuration("router")
 
     host: str = Field("127.0.0.1", description="Address to listen on; default: this machine only.")
     port: Port = Field(8080, description="Port to listen on; 0 takes a free one and logs it.")
@@ -73,35 +63,13 @@ class RouterSettings(BaseSettings):
     admin_token_file: Path | None = Field(
         None, description="File with the admin token; turns on GET /debug/endpoints for its bearer."
     )
-    etcd_endpoints: str = Field("127.0.0.1:2389", description="etcd members, host:port, separated by commas.")
-    etcd_tls_ca: Path | None = Field(None, description="PEM file of etcd's authorities; turns TLS on.")
-    etcd_tls_certificate: Path | None = Field(None, description="PEM file of our certificate for etcd.")
-    etcd_tls_key: Path | None = Field(None, description="PEM file of its key.")
-    etcd_username: str = Field("", description="etcd user; a read-only role is enough.")
-    etcd_password_file: Path | None = Field(None, description="File with the etcd user's password.")
-    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
-        "INFO", description="Lowest level that is logged."
-    )
-    log_style: Literal["auto", "json", "console"] = Field(
-        "auto", description="auto: readable on a terminal, JSON elsewhere."
-    )
 
-    @model_validator(mode="after")
-    def _check_etcd(self) -> "RouterSettings":
-        self.etcd()
-        return self
-
-    def etcd(self) -> EtcdSettings:
-        """Returns how to reach the store."""
-        members = tuple(part.strip() for part in self.etcd_endpoints.split(",") if part.strip())
-        return EtcdSettings(
-            endpoints=members,
-            tls_ca=self.etcd_tls_ca,
-            tls_certificate=self.etcd_tls_certificate,
-            tls_key=self.etcd_tls_key,
-            username=self.etcd_username,
-            password_file=self.etcd_password_file,
-        )
+    @field_validator("admin_token_file")
+    @classmethod
+    def _check_token_file(cls, value: Path | None) -> Path | None:
+        if value is not None:
+            read_token(value)
+        return value
 
     def timeouts(self) -> Timeouts:
         """Returns the bounds of an attempt."""

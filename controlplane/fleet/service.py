@@ -13,10 +13,11 @@ from millrace.core.v1 import replica_pb2
 from millrace.fleet.v1 import fleet_service_pb2, fleet_service_pb2_grpc
 from millrace.state.v1 import records_pb2
 
+from controlplane.events import EventSink
 from controlplane.fleet.liveness import SILENT_HEARTBEATS, Witness, judge
 from controlplane.fleet.nodes import NodeWriter
 from controlplane.fleet.observations import ObservationWriter
-from controlplane.fleet.servicer import EventSink, FleetServicer
+from controlplane.fleet.servicer import FleetServicer
 from controlplane.fleet.sessions import SessionTable
 from controlplane.fleet.stats import StatsWriter
 from core.clock import Clock

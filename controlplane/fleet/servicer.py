@@ -7,13 +7,14 @@ table knows who calls, the writers store what was said. It decides nothing about
 import asyncio
 import re
 from collections.abc import AsyncIterator
-from typing import Any, Protocol
+from typing import Any
 
 import structlog
 from google.protobuf.duration_pb2 import Duration
 from millrace.core.v1 import replica_pb2
 from millrace.fleet.v1 import fleet_service_pb2, fleet_service_pb2_grpc
 
+from controlplane.events import EventSink
 from controlplane.fleet.nodes import NodeWriter
 from controlplane.fleet.observations import ObservationWriter, describe_change
 from controlplane.fleet.sessions import Session, SessionTable
@@ -31,25 +32,6 @@ PROGRESS_SECONDS = 5.0
 REPORT_ITEMS_MAX = 4096
 # How long a call waits for the mirror of the plans after a start.
 SYNC_SECONDS = 10.0
-
-
-class EventSink(Protocol):
-    """Where events go."""
-
-    def emit(
-        self,
-        *,
-        namespace: str,
-        reason: str,
-        message: str,
-        source: str,
-        deployment: str = "",
-        replica: str = "",
-        node: str = "",
-        warning: bool = False,
-    ) -> None:
-        """Notes an event without waiting."""
-        ...
 
 
 def _duration(seconds: float) -> Duration:

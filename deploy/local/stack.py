@@ -186,7 +186,7 @@ class Stack:
             f"--data-directory={options.directory / 'nodeagent'}",
             f"--engine-directory={options.engines}",
             f"--fleet-token-file={self._fleet_token_file}",
-            "--stop-engines-on-exit=true",
+            "--stop-engines-on-exit",
         ]
 
     def _router_command(self) -> list[str]:

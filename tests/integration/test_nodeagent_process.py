@@ -118,7 +118,7 @@ async def test_engine_that_the_journal_does_not_know_is_killed(agent: AgentProce
 
 
 async def test_stop_engines_on_exit_leaves_no_process(agent: AgentProcess) -> None:
-    process = await agent.start("--stop-engines-on-exit=true")
+    process = await agent.start("--stop-engines-on-exit")
     agent.fleet.assign(simulator_assignment("chat-a"), simulator_assignment("chat-b"))
     await ready(agent, "chat-a")
     await ready(agent, "chat-b")

@@ -16,7 +16,8 @@ from core.store.etcd import EtcdStore
 from core.store.memory import MemoryStore
 from core.tasks import cancel_and_wait
 from tests.support.etcd import EtcdProcess
-from tests.support.reconciled_cluster import ReconciledCluster, RecordedEvents
+from tests.support.reconciled_cluster import ReconciledCluster
+from tests.support.recorded_events import RecordedEvents
 from tests.support.waiting import eventually
 
 

@@ -3,7 +3,6 @@
 import asyncio
 import uuid
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
 from typing import Self, TypeVar
 
 from google.protobuf.message import Message
@@ -19,46 +18,10 @@ from core.tasks import cancel_and_wait
 
 M = TypeVar("M", bound=Message)
 
+from tests.support.recorded_events import RecordedEvents
+
 GIB = 1 << 30
 NAMESPACE = "team"
-
-
-@dataclass
-class RecordedEvents:
-    """Keeps events instead of writing them."""
-
-    emitted: list[dict[str, object]] = field(default_factory=list)
-
-    def emit(
-        self,
-        *,
-        namespace: str,
-        reason: str,
-        message: str,
-        source: str,
-        deployment: str = "",
-        replica: str = "",
-        node: str = "",
-        warning: bool = False,
-    ) -> None:
-        self.emitted.append(
-            {
-                "namespace": namespace,
-                "reason": reason,
-                "message": message,
-                "deployment": deployment,
-                "replica": replica,
-                "node": node,
-                "warning": warning,
-                "source": source,
-            }
-        )
-
-    def reasons(self) -> list[str]:
-        return [str(each["reason"]) for each in self.emitted]
-
-    def of(self, reason: str) -> list[dict[str, object]]:
-        return [each for each in self.emitted if each["reason"] == reason]
 
 
 class ReconciledCluster:

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import grpc
 import pytest
@@ -18,28 +18,10 @@ from core.identity import Principal, Role, TokenAuthenticator
 from core.rpc import call_metadata, open_channel, start_server
 from core.store import Delete, MemoryStore, Put, keys
 from core.tasks import cancel_and_wait
+from tests.support.recorded_events import RecordedEvents
 from tests.support.waiting import eventually
 
 TOKEN = "fleet-token"
-
-
-@dataclass
-class Events:
-    reasons: list[str] = field(default_factory=list)
-
-    def emit(
-        self,
-        *,
-        namespace: str,
-        reason: str,
-        message: str,
-        source: str,
-        deployment: str = "",
-        replica: str = "",
-        node: str = "",
-        warning: bool = False,
-    ) -> None:
-        self.reasons.append(reason)
 
 
 @dataclass
@@ -47,7 +29,7 @@ class World:
     store: MemoryStore
     fleet: FleetService
     stub: "fleet_service_pb2_grpc.FleetServiceAsyncStub"
-    events: Events
+    events: RecordedEvents
 
     async def open(self, *replicas: replica_pb2.ReplicaObservation) -> str:
         answer = await self.stub.OpenSession(
@@ -97,7 +79,7 @@ def observation(
 
 @pytest_asyncio.fixture
 async def world() -> AsyncIterator[World]:
-    store, events = MemoryStore(SystemClock()), Events()
+    store, events = MemoryStore(SystemClock()), RecordedEvents()
     fleet = FleetService(store, SystemClock(), events, heartbeat_seconds=0.1, lost_after_seconds=0.8)
     methods = messages.DESCRIPTOR.services_by_name["FleetService"].methods
     server = await start_server(
@@ -159,7 +141,7 @@ async def test_reports_only_move_forward_and_unknown_replicas_are_named(world: W
     assert (stored.state, stored.url, stored.node) == (types_pb2.REPLICA_STATE_READY, "http://a", "n1")
     assert await report(observation("ghost", types_pb2.REPLICA_STATE_READY)) == ["ghost"]
     assert await world.observed("ghost") is None
-    assert world.events.reasons.count("ReplicaReady") == 1
+    assert world.events.reasons().count("ReplicaReady") == 1
 
 
 async def test_an_observation_ends_with_its_assignment(world: World) -> None:
@@ -206,7 +188,7 @@ async def test_a_node_falls_silent_then_is_lost_then_returns(world: World) -> No
     await eventually(lambda: state_is(types_pb2.NODE_STATE_LOST))
     await world.open()
     assert await state_is(types_pb2.NODE_STATE_READY)
-    await eventually(lambda: {"NodeSilent", "NodeLost"} <= set(world.events.reasons))
+    await eventually(lambda: {"NodeSilent", "NodeLost"} <= set(world.events.reasons()))
 
 
 async def test_a_newer_session_ends_the_older_one(world: World) -> None:
