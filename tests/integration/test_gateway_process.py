@@ -13,7 +13,8 @@ from typing import Any
 import aiohttp
 import pytest
 
-from tests.support.etcd import EtcdProcess, free_ports
+from tests.support.etcd import EtcdProcess
+from tests.support.ports import free_ports
 from tests.support.waiting import eventually
 
 TOKEN = "admin-token-of-the-test"

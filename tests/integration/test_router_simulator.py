@@ -10,7 +10,7 @@ import aiohttp
 import openai
 import pytest
 
-from tests.support.etcd import free_ports
+from tests.support.ports import free_ports
 from tests.support.router_cluster import DEPLOYMENT, cluster
 from tests.support.waiting import eventually
 

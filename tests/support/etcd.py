@@ -2,7 +2,6 @@
 
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 import time
@@ -16,20 +15,9 @@ from typing import Self
 
 from core.store.embedded import find_etcd_binary
 from core.store.etcd_settings import EtcdSettings
+from tests.support.ports import free_ports
 
 _HEALTHY_SECONDS = 20.0
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on; all are held at once so that they differ."""
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [int(each.getsockname()[1]) for each in sockets]
-    finally:
-        for each in sockets:
-            each.close()
 
 
 def _die_with_parent() -> list[str]:

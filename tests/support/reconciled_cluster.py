@@ -15,10 +15,9 @@ from core.clock import Clock, to_timestamp
 from core.store import Put, Store, keys
 from core.store.election import Leadership
 from core.tasks import cancel_and_wait
+from tests.support.recorded_events import RecordedEvents
 
 M = TypeVar("M", bound=Message)
-
-from tests.support.recorded_events import RecordedEvents
 
 GIB = 1 << 30
 NAMESPACE = "team"

@@ -7,7 +7,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,20 +18,10 @@ from typing import Any
 
 import psutil
 
+from tests.support.ports import free_ports
+
 LEFT_SECONDS = 5.0
 REPOSITORY = Path(__file__).resolve().parents[2]
-
-
-def free_ports(count: int) -> list[int]:
-    """Finds ports that are free now; all are held while the others are looked for."""
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [int(each.getsockname()[1]) for each in sockets]
-    finally:
-        for each in sockets:
-            each.close()
 
 
 @dataclass

@@ -9,7 +9,8 @@ import pytest
 
 from core.store import EtcdSettings, EtcdStore, Put, StoreUnavailable, WatchBatch, etcd_watch
 from core.tasks import cancel_and_wait
-from tests.support.etcd import EtcdProcess, etcd_cluster, free_ports
+from tests.support.etcd import EtcdProcess, etcd_cluster
+from tests.support.ports import free_ports
 from tests.support.waiting import eventually
 
 
