@@ -9,7 +9,10 @@ It knows no service by name.
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+import secrets
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +27,7 @@ from grpc_status import rpc_status
 from core import errors
 from core.identity import Principal, Role, TokenAuthenticator, allows, bearer_token
 from core.rpc_errors import to_status
+from core.telemetry import request_id_of, trace_id_of
 
 _log = structlog.get_logger(__name__)
 
@@ -32,6 +36,9 @@ MESSAGE_BYTES_MAX = 8 * 1024 * 1024
 # A dead peer is noticed within KEEPALIVE_MS + KEEPALIVE_TIMEOUT_MS even when nothing is sent.
 KEEPALIVE_MS = 5_000
 KEEPALIVE_TIMEOUT_MS = 5_000
+
+# Reads are asked for every second by dashboards and scripts: their lines would hide those of changes.
+_QUIET_VERBS = ("Get", "List", "Watch", "Stream", "Explain")
 
 OPEN_SERVICES = ("grpc.health.v1.Health", "grpc.reflection.v1alpha.ServerReflection")
 
@@ -141,7 +148,10 @@ class _AccessInterceptor(grpc.aio.ServerInterceptor):
             )
         principal = self._authenticator.authenticate(token)
         if principal is None:
-            raise errors.Unauthenticated("the credential is not known")
+            raise errors.Unauthenticated(
+                "the credential is not known: the control plane takes its admin token; "
+                "API keys, which begin with sk-, are for the router"
+            )
         required = self._policy.get(method)
         if required is None or not allows(principal.role, required):
             needed = required.name.lower() if required is not None else "none may call it"
@@ -163,30 +173,55 @@ async def _abort(context: Any, method: str, error: Exception) -> None:
     await context.abort(grpc.StatusCode.INTERNAL, "internal error; the control plane's log has the details")
 
 
+@contextmanager
+def _recorded(method: str, principal: Principal, context: Any) -> Iterator[None]:
+    """Ties what a handler logs to the caller's request id, and writes one line about a change."""
+    metadata = {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
+    # gRPC handles every call in a task of its own, so nothing has to be unbound.
+    structlog.contextvars.bind_contextvars(
+        request_id=request_id_of(metadata), trace_id=trace_id_of(metadata) or secrets.token_hex(16)
+    )
+    principal_var.set(principal)
+    started = time.monotonic()
+    try:
+        yield
+    finally:
+        quiet = principal.role is Role.AGENT or method.rpartition("/")[2].startswith(_QUIET_VERBS)
+        # gRPC notes a code only for a call that was refused.
+        code = context.code()
+        (_log.debug if quiet else _log.info)(
+            "call",
+            method=method,
+            principal=principal.name,
+            code=code.name if isinstance(code, grpc.StatusCode) else grpc.StatusCode.OK.name,
+            duration_ms=round((time.monotonic() - started) * 1000, 1),
+        )
+
+
 def _guarded(
     handler: grpc.RpcMethodHandler[Any, Any], method: str, principal: Principal
 ) -> grpc.RpcMethodHandler[Any, Any]:
     async def unary(request: Any, context: Any) -> Any:
-        principal_var.set(principal)
-        try:
-            assert handler.unary_unary is not None
-            return await handler.unary_unary(request, context)
-        except (grpc.aio.AbortError, grpc.RpcError):
-            raise
-        except Exception as error:  # noqa: BLE001 - every escape becomes a status; the cause is logged
-            return await _abort(context, method, error)
+        with _recorded(method, principal, context):
+            try:
+                assert handler.unary_unary is not None
+                return await handler.unary_unary(request, context)
+            except (grpc.aio.AbortError, grpc.RpcError):
+                raise
+            except Exception as error:  # noqa: BLE001 - every escape becomes a status; the cause is logged
+                return await _abort(context, method, error)
 
     async def stream(request: Any, context: Any) -> AsyncIterator[Any]:
-        principal_var.set(principal)
-        try:
-            assert handler.unary_stream is not None
-            messages: Any = handler.unary_stream(request, context)
-            async for message in messages:
-                yield message
-        except (grpc.aio.AbortError, grpc.RpcError):
-            raise
-        except Exception as error:  # noqa: BLE001 - as above
-            await _abort(context, method, error)
+        with _recorded(method, principal, context):
+            try:
+                assert handler.unary_stream is not None
+                messages: Any = handler.unary_stream(request, context)
+                async for message in messages:
+                    yield message
+            except (grpc.aio.AbortError, grpc.RpcError):
+                raise
+            except Exception as error:  # noqa: BLE001 - as above
+                await _abort(context, method, error)
 
     if handler.response_streaming:
         return grpc.unary_stream_rpc_method_handler(

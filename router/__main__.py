@@ -23,7 +23,7 @@ from core.store.etcd import EtcdStore
 from core.tasks import cancel_and_wait, stop_on_signals
 from router.picking.contract import Strategy
 from router.picking.registry import build_strategy
-from router.server import PortTaken, bind, serve
+from router.server import PortTaken, bind, inherit, serve
 from router.settings import RouterSettings
 from router.supervisor import WORKER_VARIABLE, Supervisor
 
@@ -55,7 +55,9 @@ def run(arguments: Sequence[str]) -> int:
     configure(service="router", level=settings.log_level, style=settings.log_style)
     inherited = os.environ.get(WORKER_VARIABLE)
     try:
-        if inherited is not None:
+        if settings.listen_fd is not None:
+            listener = inherit(settings.listen_fd)
+        elif inherited is not None:
             listener = bind(settings.host, int(inherited), shared=True)
         else:
             listener = _claim(settings)
@@ -119,6 +121,7 @@ async def _supervise(settings: RouterSettings, arguments: list[str], listener: s
         workers=settings.workers,
         arguments=arguments,
         port=listener.getsockname()[1],
+        inherited_descriptors=() if settings.listen_fd is None else (settings.listen_fd,),
         drain_seconds=settings.drain_seconds,
         clock=SystemClock(),
     )

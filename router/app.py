@@ -111,6 +111,10 @@ class RouterApplication:
         if admin_token:
             self.application.router.add_get(DEBUG_ROUTE, self._debug)
 
+    async def wait_view(self, timeout_seconds: float) -> None:
+        """Waits until there is a view, or the time is over."""
+        await self.source.wait_changed(0, timeout_seconds)
+
     def services(self) -> dict[str, Any]:
         """Returns the coroutines to run beside the server, by name."""
         return {"view": self.source.run(), "view-age": self._watch_age()}

@@ -25,6 +25,8 @@ _log = structlog.get_logger(__name__)
 CLOSE_SECONDS = 1.0
 # Connections that wait to be accepted; a burst larger than this is refused by the kernel.
 BACKLOG = 1024
+# With the store away, a router says so on /health after this, instead of not answering at all.
+START_VIEW_SECONDS = 5.0
 
 
 class PortTaken(Exception):
@@ -61,6 +63,24 @@ def bind(host: str, port: int, *, shared: bool) -> socket.socket:
         raise PortTaken(
             f"cannot listen on port {port} of {host} (options --host, --port): {error.strerror}"
         ) from error
+    listener.setblocking(False)
+    return listener
+
+
+def inherit(descriptor: int) -> socket.socket:
+    """Takes a listening socket that the parent made.
+
+    Raises:
+        PortTaken: The descriptor is no listening TCP socket.
+    """
+    try:
+        listener = socket.socket(fileno=descriptor)
+        listening = listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+    except OSError as error:
+        raise PortTaken(f"--listen-fd {descriptor} is no socket: {error.strerror}") from error
+    if not listening or listener.type != socket.SOCK_STREAM:
+        listener.close()
+        raise PortTaken(f"--listen-fd {descriptor} does not listen: the parent must listen on it first")
     listener.setblocking(False)
     return listener
 
@@ -104,14 +124,22 @@ async def serve(
     )
     await runner.setup()
     site = web.SockSite(runner, listener, backlog=BACKLOG)
-    await site.start()
     url = public_url(settings, listener.getsockname()[1])
-    _log.info("router listens", url=url, strategy=strategy.name)
     drained = asyncio.Event()
+
+    async def accept_when_informed() -> None:
+        # Whoever connects earlier waits in the socket's queue or goes to another worker, instead of being
+        # told that this one knows nothing yet.
+        await router.wait_view(START_VIEW_SECONDS)
+        if not stop.is_set():
+            await site.start()
+            _log.info("router listens", url=url, strategy=strategy.name)
+        await asyncio.Event().wait()
 
     async def drain_when_stopped() -> None:
         await stop.wait()
-        await site.stop()
+        if site in runner.sites:
+            await site.stop()
         # A request that has just been accepted is counted before the idle connections are closed.
         await asyncio.sleep(0)
         if runner.server is not None:
@@ -129,6 +157,7 @@ async def serve(
             {
                 **router.services(),
                 "presence": announce(store, clock, router_id=new_router_id(), url=url),
+                "accept": accept_when_informed(),
                 "drain": drain_when_stopped(),
             },
             stop=drained,

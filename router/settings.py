@@ -24,6 +24,11 @@ class RouterSettings(LogOptions, EtcdOptions):
 
     host: str = Field("127.0.0.1", description="Address to listen on; default: this machine only.")
     port: Port = Field(8080, description="Port to listen on; 0 takes a free one and logs it.")
+    listen_fd: Annotated[int, Field(ge=3)] | None = Field(
+        None,
+        description="Listening socket inherited from the parent (systemd socket activation: 3) in place of "
+        "--host and --port; connections then wait through a restart instead of being refused.",
+    )
     workers: Annotated[int, Field(ge=1, le=256)] = Field(
         1, description="Processes that share the port; one uses about one core."
     )

@@ -1,6 +1,7 @@
 """The parent of several workers: starts them, restarts the dead, stops them together.
 
-In come the number of workers and the command line of one; they share the port by SO_REUSEPORT. The
+In come the number of workers and the command line of one; they share the port by SO_REUSEPORT, or one
+socket that the parent itself has inherited. The
 parent serves nothing. It holds the port bound, so that nobody takes it between two lives of a worker,
 and one end of a pipe to each worker: a worker whose parent is gone reads its end and drains.
 """
@@ -37,14 +38,22 @@ class Supervisor:
     """Keeps a number of workers running."""
 
     def __init__(
-        self, *, workers: int, arguments: list[str], port: int, drain_seconds: float, clock: Clock
+        self,
+        *,
+        workers: int,
+        arguments: list[str],
+        port: int,
+        drain_seconds: float,
+        clock: Clock,
+        inherited_descriptors: tuple[int, ...] = (),
     ) -> None:
-        """Takes the command line of a worker (without the interpreter) and the port they share."""
+        """Takes a worker's command line (without the interpreter), the shared port and what to pass on."""
         self._workers = workers
         self._arguments = arguments
         self._port = port
         self._drain_seconds = drain_seconds
         self._clock = clock
+        self._inherited_descriptors = inherited_descriptors
 
     async def run(self, stop: asyncio.Event) -> None:
         """Supervises until `stop` is set, then ends every worker and waits for it."""
@@ -74,7 +83,13 @@ class Supervisor:
             while not stop.is_set():
                 started = self._clock.monotonic()
                 process = await asyncio.create_subprocess_exec(
-                    sys.executable, "-m", "router", *self._arguments, stdin=PIPE, env=environment
+                    sys.executable,
+                    "-m",
+                    "router",
+                    *self._arguments,
+                    stdin=PIPE,
+                    env=environment,
+                    pass_fds=self._inherited_descriptors,
                 )
                 _log.info("worker started", worker=index, pid=process.pid)
                 await self._watch(index, process, stopping)

@@ -18,7 +18,7 @@ from controlplane.api.context import TRANSACTION_OPERATIONS_MAX, ApiContext, com
 from controlplane.api.idempotency import Answer
 from controlplane.api.keyring import keys_of
 from controlplane.api.paging import Position, position_of
-from controlplane.api.view import deployment_not_found
+from controlplane.api.view import deployment_not_found, require_identity
 from core.clock import to_timestamp
 from core.errors import Conflict, InvalidArgument, OutOfRange
 from core.store import keys
@@ -53,10 +53,11 @@ class Deployments:
         """Lists a page: which deployments there are, and their specs, as of one revision; status as of now.
 
         Raises:
-            InvalidArgument: page_size or page_token is wrong.
+            InvalidArgument: namespace, page_size or page_token is wrong.
             OutOfRange: The snapshot has been compacted.
         """
         size = validation.page_size_of(request.page_size)
+        validation.check_namespace_filter(request.namespace)
         view = self._context.view
         view.require_synced()
         # Read first: a status may be newer than the version that is told, never older.
@@ -227,6 +228,7 @@ class Deployments:
         return record
 
     async def _read(self, namespace: str, name: str, etag: str) -> KeyValue:
+        require_identity(namespace, name)
         item = await self._context.store.get(keys.spec_deployment(namespace, name))
         if item is None:
             raise deployment_not_found(namespace, name)

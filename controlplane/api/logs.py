@@ -17,7 +17,7 @@ from millrace.scheduler.v1 import scheduler_service_pb2 as messages
 
 from controlplane.api import limits
 from controlplane.api.context import ApiContext
-from controlplane.api.view import DeploymentId, deployment_not_found
+from controlplane.api.view import DeploymentId, deployment_not_found, require_identity
 from core.backoff import Backoff, BackoffPolicy
 from core.errors import InvalidArgument, MillraceError, NotFound, Unavailable
 from core.rpc import call_metadata, open_channel
@@ -221,6 +221,7 @@ class Logs:
         ]
 
     def _require(self, identity: DeploymentId, replica: str, sources: list[_Source]) -> None:
+        require_identity(*identity)
         self._context.view.require_synced()
         if not sources and self._context.view.find_deployment(identity) is None:
             raise deployment_not_found(*identity)

@@ -191,20 +191,37 @@ def check_name(name: str, field: str, violations: Violations) -> None:
         )
 
 
+def check_namespace_filter(namespace: str) -> None:
+    """Checks the namespace of a listing, so that a typing error is not answered with an empty list.
+
+    Raises:
+        InvalidArgument: It is given and no namespace can have that name.
+    """
+    if namespace and not _is_namespace(namespace):
+        raise InvalidArgument.of("namespace", _no_namespace(namespace))
+
+
 def check_namespace(namespace: str, violations: Violations, *, field: str = "namespace") -> None:
     """Checks the name of a namespace that is written to."""
-    if len(namespace) > limits.NAME_LENGTH_MAX or not _LABEL.fullmatch(namespace):
-        violations.add(
-            field,
-            f"`{_shown(namespace)}` is no valid namespace; use lower-case letters, digits and `-`, beginning "
-            f"and ending with a letter or digit, at most {limits.NAME_LENGTH_MAX} characters",
-        )
+    if not _is_namespace(namespace):
+        violations.add(field, _no_namespace(namespace))
     elif namespace.startswith(RESERVED_NAMESPACE_PREFIX):
         violations.add(
             field,
             f"`{namespace}` is reserved: names beginning with `{RESERVED_NAMESPACE_PREFIX}` belong to "
             "Millrace itself",
         )
+
+
+def _is_namespace(text: str) -> bool:
+    return len(text) <= limits.NAME_LENGTH_MAX and _LABEL.fullmatch(text) is not None
+
+
+def _no_namespace(text: str) -> str:
+    return (
+        f"`{_shown(text)}` is no valid namespace; use lower-case letters, digits and `-`, beginning "
+        f"and ending with a letter or digit, at most {limits.NAME_LENGTH_MAX} characters"
+    )
 
 
 def check_request_id(request_id: str, violations: Violations) -> None:

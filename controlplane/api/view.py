@@ -15,7 +15,7 @@ from millrace.state.v1 import records_pb2
 from controlplane.api import limits
 from controlplane.status import deployment_status
 from core.clock import Clock
-from core.errors import NotFound
+from core.errors import InvalidArgument, NotFound
 from core.store import keys
 from core.store.mirror import Mirror
 from core.store.types import Store, StoreUnavailable
@@ -32,9 +32,23 @@ def deployment_not_found(namespace: str, name: str) -> NotFound:
     )
 
 
+def require_identity(namespace: str, name: str) -> None:
+    """Refuses half a name, which no lookup can mean.
+
+    Raises:
+        InvalidArgument: A part is empty.
+    """
+    if not namespace:
+        raise InvalidArgument.of("namespace", "is empty; give the namespace that the deployment is in")
+    if not name:
+        raise InvalidArgument.of("name", "is empty; give the deployment's name")
+
+
 def node_not_found(node: str) -> NotFound:
     """Builds the error for a node that never reported."""
-    return NotFound(f"no agent of a node `{node}` has ever reported", metadata={"node": node})
+    return NotFound(
+        f"there is no node `{node}`: no agent of that name has ever reported", metadata={"node": node}
+    )
 
 
 class ClusterView:
@@ -144,9 +158,11 @@ class ClusterView:
         """Returns a deployment's record.
 
         Raises:
+            InvalidArgument: A part of the name is empty.
             NotFound: There is none.
             StoreUnavailable: The store has not been read yet.
         """
+        require_identity(namespace, name)
         self.require_synced()
         record = self.deployments.get(keys.spec_deployment(namespace, name))
         if record is None:

@@ -16,7 +16,7 @@ from millrace.core.v1 import deployment_pb2, event_pb2
 from millrace.scheduler.v1 import scheduler_service_pb2 as messages
 from prometheus_client import Gauge
 
-from controlplane.api import limits
+from controlplane.api import limits, validation
 from controlplane.api.context import ApiContext
 from controlplane.api.view import DeploymentId, identity_of_key
 from core.errors import InvalidArgument, OutOfRange, ResourceExhausted
@@ -99,12 +99,13 @@ class Watches:
         """Watches deployments.
 
         Raises:
-            InvalidArgument: The version is none, or a name comes without a namespace.
+            InvalidArgument: The version or the namespace is none, or a name comes without a namespace.
             OutOfRange: The version is too old.
             ResourceExhausted: The watcher is too slow, or there are too many.
         """
         if request.name and not request.namespace:
             raise InvalidArgument.of("namespace", "is empty; a name is unique within its namespace only")
+        validation.check_namespace_filter(request.namespace)
         self._context.view.require_synced()
         wanted = _selects(request.namespace, request.name)
         buffer: Buffer[messages.WatchDeploymentsResponse] = Buffer()
@@ -131,7 +132,7 @@ class Watches:
         """Replays the kept events and follows new ones.
 
         Raises:
-            InvalidArgument: The version is none, or a deployment comes without a namespace.
+            InvalidArgument: The version or the namespace is none, or a deployment comes without one.
             OutOfRange: The version is too old.
             ResourceExhausted: The watcher is too slow, or there are too many.
         """
@@ -139,6 +140,7 @@ class Watches:
             raise InvalidArgument.of(
                 "namespace", "is empty; a deployment is unique within its namespace only"
             )
+        validation.check_namespace_filter(request.namespace)
         prefix = keys.events(request.namespace)
         with self._admitted():
             if request.resource_version:

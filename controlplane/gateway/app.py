@@ -4,6 +4,7 @@ In come HTTP requests, out come JSON answers that carry the request id. Around e
 measure, log, and turn errors into answers. Handlers know nothing of that.
 """
 
+import secrets
 import ssl
 import time
 from collections.abc import Awaitable, Callable
@@ -111,10 +112,8 @@ def _server_context(tls: TlsFiles | None) -> ssl.SSLContext | None:
 async def _around(request: web.Request, handler: _Handler) -> web.StreamResponse:
     request_id = request_id_of(request.headers)
     request[REQUEST_ID] = request_id
-    structlog.contextvars.bind_contextvars(request_id=request_id)
-    trace_id = trace_id_of(request.headers)
-    if trace_id is not None:
-        structlog.contextvars.bind_contextvars(trace_id=trace_id)
+    trace_id = trace_id_of(request.headers) or secrets.token_hex(16)
+    structlog.contextvars.bind_contextvars(request_id=request_id, trace_id=trace_id)
     route = _route_of(request)
     started = time.monotonic()
     status = 499
@@ -158,9 +157,8 @@ def _http_message(request: web.Request, error: web.HTTPException) -> str:
         case 404:
             return f"there is nothing at {request.path[:200]}; /openapi.json lists what there is"
         case 405:
-            return (
-                f"{request.method} is not possible here; use {error.headers.get('Allow', 'another method')}"
-            )
+            allowed = error.headers.get("Allow", "another method").replace(",", " or ")
+            return f"{request.method} is not possible here; use {allowed}"
         case 413:
             return f"the body is larger than {BODY_BYTES_MAX} bytes; split the request"
         case _:

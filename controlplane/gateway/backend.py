@@ -8,11 +8,12 @@ from collections.abc import AsyncGenerator
 from typing import Any, TypeVar
 
 import grpc
+import structlog
 from millrace.scheduler.v1 import scheduler_service_pb2_grpc
 
 from core.rpc import TlsFiles, open_channel
 from core.rpc_errors import from_rpc_error
-from core.telemetry import REQUEST_ID_HEADER
+from core.telemetry import REQUEST_ID_HEADER, TRACE_PARENT_HEADER, new_trace_parent
 
 Response = TypeVar("Response")
 
@@ -63,7 +64,10 @@ class Backend:
 
 
 def _metadata(authorization: str, request_id: str) -> tuple[tuple[str, str], ...]:
-    identified = (REQUEST_ID_HEADER, request_id)
+    identified: tuple[tuple[str, str], ...] = ((REQUEST_ID_HEADER, request_id),)
     # gRPC refuses other characters with an error of its own; such a credential is none anyway.
     usable = authorization.isascii() and authorization.isprintable()
-    return (("authorization", authorization), identified) if authorization and usable else (identified,)
+    trace_id = structlog.contextvars.get_contextvars().get("trace_id")
+    if trace_id:
+        identified = (*identified, (TRACE_PARENT_HEADER, new_trace_parent(trace_id)))
+    return (("authorization", authorization), *identified) if authorization and usable else identified

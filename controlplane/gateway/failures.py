@@ -48,11 +48,12 @@ def error_response(error: errors.MillraceError, request_id: str) -> web.Response
 
 def http_error_response(error: web.HTTPException, message: str, request_id: str) -> web.Response:
     """Makes the answer for one of HTTP's own refusals."""
+    fields = [schema.FieldError(field="body", description=message)] if error.status == 413 else []
     headers = {REQUEST_ID_HEADER: request_id}
     if "Allow" in error.headers:
         headers["Allow"] = error.headers["Allow"]
     code = _HTTP_CODES.get(error.status, f"HTTP_{error.status}")
-    return _response(error.status, code, "ERROR_REASON_UNSPECIFIED", message, [], request_id, headers)
+    return _response(error.status, code, "ERROR_REASON_UNSPECIFIED", message, fields, request_id, headers)
 
 
 def internal_response(request_id: str) -> web.Response:

@@ -57,10 +57,11 @@ async def call(request: web.Request, method: str, message: Any) -> Any:
         ) from error
     except FailedPrecondition as error:
         field = error.metadata.get("field", "")
+        written, text = _as_written(field), error.message.removeprefix(f"{field}: ")
         raise FailedPrecondition(
-            error.message.removeprefix(f"{field}: "),
+            f"{written}: {text}" if written else text,
             reason=error.reason,
-            metadata={**error.metadata, "field": _as_written(field)},
+            metadata={**error.metadata, "field": written},
         ) from error
 
 

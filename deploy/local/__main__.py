@@ -61,6 +61,8 @@ def _lock(options: Options) -> IO[str]:
 
 def _show_answer(options: Options, api_key: str, answer: str) -> None:
     body = f'{{"model": "{DEPLOYMENT}", "messages": [{{"role": "user", "content": "{QUESTION}"}}]}}'
+    if options.engine == "simulator":
+        answer += "\n    (the simulator repeats the question; a real engine answers it)"
     print(
         f"""
     {QUESTION}

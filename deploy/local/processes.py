@@ -28,12 +28,14 @@ class Program:
         command: What to run.
         log: Where its output goes.
         environment: Variables over those of this process.
+        descriptors: Open files that it inherits.
     """
 
     name: str
     command: Sequence[str]
     log: Path
     environment: Mapping[str, str] = field(default_factory=dict)
+    descriptors: tuple[int, ...] = ()
     process: asyncio.subprocess.Process | None = None
 
     @property
@@ -52,6 +54,7 @@ class Program:
                 stderr=output,
                 start_new_session=True,
                 env={**os.environ, **self.environment},
+                pass_fds=self.descriptors,
             )
 
     async def stop(self, grace_seconds: float = KILL_AFTER_SECONDS) -> None:

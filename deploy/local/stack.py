@@ -7,8 +7,9 @@ agent, router, then the bundled model; stopping goes the other way round, engine
 import asyncio
 import json
 import os
+import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ from deploy.local.processes import Program, keep_running
 
 START_SECONDS = 60.0
 POLL_SECONDS = 0.05
+# Connections that wait while the router starts again.
+ROUTER_BACKLOG = 1024
 
 
 class StartError(Exception):
@@ -42,6 +45,11 @@ class Stack:
         self._declared: Declared | None = None
         self.programs: dict[str, Program] = {}
         self._keepers: list[asyncio.Task[None]] = []
+        # The router's socket is held here, so that a router that is killed refuses nobody: connections
+        # wait in the socket's queue until the next one is there.
+        self._router_socket = socket.create_server(
+            ("127.0.0.1", options.router_port), backlog=ROUTER_BACKLOG, reuse_port=False
+        )
 
     @property
     def admin_token(self) -> str:
@@ -68,7 +76,9 @@ class Stack:
         await self._start("etcd", self._etcd_command(etcd), self._etcd_ready)
         await self._start("controlplane", self._controlplane_command(), self._controlplane_ready)
         await self._start("nodeagent", self._nodeagent_command(), self._nodeagent_ready)
-        await self._start("router", self._router_command(), self._router_ready)
+        await self._start(
+            "router", self._router_command(), self._router_ready, (self._router_socket.fileno(),)
+        )
         self._report(f"all processes run; logs in {options.logs}")
         self.write_description()
         self._keepers = [
@@ -117,17 +127,24 @@ class Stack:
         for name in reversed(list(self.programs)):
             self._report(f"stopping {name}")
             await self.programs[name].stop()
+        self._router_socket.close()
         self._options.description.unlink(missing_ok=True)
 
-    async def _start(self, name: str, command: list[str], ready: Callable[[], object]) -> None:
+    async def _start(
+        self,
+        name: str,
+        command: list[str],
+        ready: Callable[[], Awaitable[bool]],
+        descriptors: tuple[int, ...] = (),
+    ) -> None:
         self._report(f"starting {name}")
-        program = Program(name, command, self._options.logs / f"{name}.log")
+        program = Program(name, command, self._options.logs / f"{name}.log", descriptors=descriptors)
         self.programs[name] = program
         await program.start()
         assert program.process is not None
         try:
             async with asyncio.timeout(START_SECONDS):
-                while not await ready():  # type: ignore[misc]
+                while not await ready():
                     if program.process.returncode is not None:
                         raise StartError(
                             f"{name} ended with exit code {program.process.returncode}; "
@@ -193,7 +210,7 @@ class Stack:
         options = self._options
         return [
             *_module("router"),
-            f"--port={options.router_port}",
+            f"--listen-fd={self._router_socket.fileno()}",
             f"--workers={options.router_workers}",
             f"--etcd-endpoints={options.etcd_endpoint}",
             f"--admin-token-file={self._admin_token_file}",

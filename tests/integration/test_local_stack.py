@@ -4,7 +4,7 @@ import asyncio
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,13 @@ from deploy.local.options import BUNDLED_MODEL
 from tests.support import gateway
 from tests.support.failover import kill_under_load
 from tests.support.gateway import call, ready_replicas
-from tests.support.load import Load, steady_load
+from tests.support.load import steady_load
 from tests.support.stack import LocalStack, launch, local_stack
 from tests.support.waiting import eventually
 
 pytestmark = pytest.mark.integration
 NAMESPACE, NAME = "default", "millrace-tiny"
+CLIENTS = 4
 
 
 @pytest.fixture(scope="module")
@@ -207,16 +208,11 @@ async def test_a_killed_router_fails_only_what_was_inside_it(stack: LocalStack) 
         await eventually(lambda: len(load.outcomes) > 20)
         killed = time.monotonic()
         await _kill_and_wait_for_return(stack, "router")
-        await _until_served(load, killed)
-        served = min(each.began for each in load.outcomes if not each.failed and each.began > killed)
-        await eventually(lambda: load.succeeded_since(served) > 100, timeout_seconds=20)
-    assert [each for each in load.failures if each.ended < killed or each.began > served] == []
+        await eventually(lambda: load.succeeded_since(killed) > 100, timeout_seconds=30)
+    # Each client has one connection; the killed router held it, with or without a request on it.
+    assert len(load.failures) <= CLIENTS
+    assert all(each.status == 0 for each in load.failures), "nobody is turned away while it starts"
     assert stack.engine_pids() == engines
-
-
-async def _until_served(load: Load, moment: float) -> None:
-    served: Callable[[], int] = lambda: load.succeeded_since(moment)  # noqa: E731 - named for the message
-    await eventually(served, timeout_seconds=20)
 
 
 async def test_ctrl_c_leaves_nothing(tmp_path: Path) -> None:

@@ -3,12 +3,13 @@
 import asyncio
 import io
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import pytest_asyncio
+import structlog
 from millrace_client.cli import execute
 from millrace_client.client import MillraceClient
 
@@ -53,6 +54,13 @@ class CommandLine:
         code = await asyncio.to_thread(execute, arguments)
         captured = self._capsys.readouterr()
         return Outcome(code, captured.out, captured.err)
+
+
+@pytest.fixture(autouse=True)
+def quiet_server() -> Iterator[None]:
+    """Keeps what the fake server logs out of the command line's output: both share this process."""
+    with structlog.testing.capture_logs():
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -73,10 +73,11 @@ def execute(arguments: Sequence[str]) -> int:
 def describe_error(error: Exception) -> tuple[int, str]:
     """Returns the exit code and the one line for an error."""
     if isinstance(error, errors.MillraceError):
+        message = one_line(error.message)
         for kind, code, remedy in _OUTCOMES:
             if isinstance(error, kind):
-                return code, one_line(error.message) + ("" if "(" in error.message[-60:] else remedy)
-        return FAILURE, one_line(error.message)
+                return code, message + ("" if message.endswith(")") else _fitting(remedy, error))
+        return FAILURE, message
     if isinstance(error, _UsageError):
         path = getattr(getattr(error, "ctx", None), "command_path", "millrace")
         # Typer names the class of the cause, which tells a user nothing.
@@ -86,6 +87,12 @@ def describe_error(error: Exception) -> tuple[int, str]:
         return FAILURE, one_line(str(error))
     text = one_line(f"{type(error).__name__}: {error}")
     return FAILURE, f"{text} (this is a bug in the command line; --debug shows where)"
+
+
+def _fitting(remedy: str, error: errors.MillraceError) -> str:
+    if isinstance(error, errors.NotFound) and "node" in error.metadata:
+        return " (`millrace nodes` lists what there is)"
+    return remedy
 
 
 def one_line(text: str) -> str:

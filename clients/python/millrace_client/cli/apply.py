@@ -103,7 +103,7 @@ async def _apply(
     failure = ""
     try:
         for document in documents:
-            for each in await _apply_document(session, client, document, dry_run=dry_run):
+            for each in await _apply_named(session, client, document, dry_run=dry_run):
                 applied.append(each)
                 if not session.structured:
                     _show(session, each, dry_run=dry_run)
@@ -116,6 +116,17 @@ async def _apply(
         # Also after a failure or Ctrl-C: the keys in it are shown only now.
         if session.structured and (applied or not failure):
             session.emit({"deployments": [_data(each, dry_run=dry_run) for each in applied]})
+
+
+async def _apply_named(
+    session: Session, client: "MillraceClient", document: "Document", *, dry_run: bool
+) -> list[Applied]:
+    """Applies a document; what the server finds wrong in it is told with the file's name."""
+    try:
+        return await _apply_document(session, client, document, dry_run=dry_run)
+    except (errors.InvalidArgument, errors.FailedPrecondition) as error:
+        error.message = f"{document.source}: {error.message}"
+        raise
 
 
 async def _apply_document(

@@ -69,7 +69,7 @@ class Conversation:
             with self.client.stream("POST", self.url, json=body) as response:
                 if response.status_code != httpx.codes.OK:
                     response.read()
-                    raise _refusal(response)
+                    raise _refusal(response, self.model)
                 for chunk in _server_sent(response.iter_lines()):
                     if _take(answer, chunk):
                         yield answer
@@ -259,7 +259,7 @@ def _error_text(body: Any) -> str:
     return str(message or body)[:ERROR_CHARACTERS_MAX]
 
 
-def _refusal(response: "httpx.Response") -> errors.MillraceError:
+def _refusal(response: "httpx.Response", model: str) -> errors.MillraceError:
     """Converts an OpenAI-shaped refusal; the status decides the kind."""
     try:
         text = _error_text(response.json())
@@ -273,9 +273,13 @@ def _refusal(response: "httpx.Response") -> errors.MillraceError:
         return errors.Unauthenticated(
             f"the router refuses the API key: {text} (give another with --api-key-file FILE)"
         )
+    if status == 404:
+        return errors.NotFound(
+            f"the API key opens no deployment `{model}`: a key is good for its own namespace "
+            f"(`millrace get -A` lists what there is; give another key with --api-key-file FILE)"
+        )
     kinds: dict[int, type[errors.MillraceError]] = {
         403: errors.PermissionDenied,
-        404: errors.NotFound,
         429: errors.ResourceExhausted,
         503: errors.FailedPrecondition,
     }

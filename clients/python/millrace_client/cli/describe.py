@@ -166,7 +166,7 @@ def _sizing(sizing: "Sizing | None") -> Iterator[Any]:
         yield styled(f"  {sizing.summary}")
     rows = [(f"  {each.name}", bytes_text(each.bytes), each.explanation) for each in sizing.terms]
     if rows:
-        yield table(("  TERM", "MEMORY", "HOW"), [*rows, ("  total", bytes_text(sizing.total_bytes), "")])
+        yield table(("  TERM", "MEMORY", "HOW"), [*rows, ("  total", bytes_text(sizing.total_bytes), " ")])
 
 
 def _conditions(deployment: "Deployment") -> Iterator[Any]:

@@ -47,7 +47,17 @@ _STYLES = {
 
 def message_data(message: Message) -> Any:
     """Returns a message as plain data: snake_case names, absent optional fields left out."""
-    return MessageToDict(message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)
+    data = MessageToDict(message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)
+    return _whole_numbers(data)
+
+
+def _whole_numbers(value: Any) -> Any:
+    """Writes 50 where a user wrote 50: free-form objects travel as floating point."""
+    if isinstance(value, dict):
+        return {name: _whole_numbers(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_whole_numbers(each) for each in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def dump(data: Any, output: str) -> str:

@@ -103,6 +103,8 @@ def show_events(session: Session, name: str | None, *, follow: bool, all_namespa
     else:
         namespace, deployment = ("" if all_namespaces else session.context.namespace), ""
 
+    from millrace_client.cli.render import table
+
     async def work(client: "MillraceClient") -> None:
         kept: list[Event] = []
         async with aclosing(client.events(namespace, deployment, follow=follow)) as stream:
@@ -111,8 +113,11 @@ def show_events(session: Session, name: str | None, *, follow: bool, all_namespa
                     _write(session, event)
                 else:
                     kept.append(event)
-        if not follow and not session.structured:
-            _show(session, kept)
+        if kept:
+            session.show(table(COLUMNS, [event_row(each) for each in kept]))
+        elif not follow and not session.structured:
+            where = "/".join(each for each in (namespace, deployment) if each)
+            session.note(f"no events of {where or 'any namespace'} in the last 24 hours")
 
     session.run(work)
 
@@ -124,15 +129,6 @@ def _write(session: Session, event: "Event") -> None:
         session.emit_line(message_data(event))
     else:
         session.write(printable("  ".join(event_row(event))))
-
-
-def _show(session: Session, kept: "list[Event]") -> None:
-    from millrace_client.cli.render import table
-
-    if kept:
-        session.show(table(COLUMNS, [event_row(each) for each in kept]))
-    else:
-        session.note("no events in the last 24 hours")
 
 
 def event_row(event: "Event") -> tuple[str, ...]:

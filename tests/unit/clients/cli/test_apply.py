@@ -110,7 +110,7 @@ async def test_dry_run_sizes_and_changes_nothing(millrace: CommandLine, schedule
 async def test_server_errors_name_the_field(millrace: CommandLine) -> None:
     outcome = await millrace("apply", "-f", write('{"models": [{"name": "x", "model": "/models/none"}]}'))
     assert outcome.code == 1
-    assert outcome.stderr == "error: models[0].model: there is no such directory\n"
+    assert outcome.stderr == "error: x.json: models[0].model: there is no such directory\n"
 
 
 async def test_wait_ends_when_ready(millrace: CommandLine, scheduler: FakeScheduler) -> None:

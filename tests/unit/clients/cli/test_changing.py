@@ -100,7 +100,8 @@ async def test_refused_credentials_have_their_code(
     outcome = await millrace("get")
     assert outcome.code == 4
     assert outcome.stderr == (
-        "error: the credential is not known (give --token-file FILE or set MILLRACE_TOKEN)\n"
+        "error: the credential is not known: the control plane takes its admin token; API keys, which begin "
+        "with sk-, are for the router (give --token-file FILE or set MILLRACE_TOKEN)\n"
     )
     monkeypatch.setenv("MILLRACE_TOKEN", VIEWER_TOKEN)
     assert (await millrace("get")).code == 0
