@@ -68,7 +68,13 @@ def deployment_status(
             or not _holds(plan_record, SCHEDULED)
             or any(each.generation != record.launch_generation for each in own)
         ),
-        phase=_phase(desired=desired, ready=ready, live=_live(own, seen), plan_record=plan_record),
+        phase=_phase(
+            desired=desired,
+            ready=ready,
+            unhealthy=sum(1 for each in own if _unhealthy(each, seen.get(each.replica))),
+            live=_live(own, seen),
+            plan_record=plan_record,
+        ),
         ready_replicas=ready,
         desired_replicas=desired,
         replicas=[_summary(each, seen.get(each.replica)) for each in own],
@@ -99,6 +105,17 @@ def _serves(
     )
 
 
+def _unhealthy(
+    assignment: replica_pb2.ReplicaAssignment, observation: replica_pb2.ReplicaObservation | None
+) -> bool:
+    """Tells whether a replica has served, still runs, and fails its health checks."""
+    return (
+        observation is not None
+        and not observation.healthy
+        and replica_state(assignment, observation) == types_pb2.REPLICA_STATE_READY
+    )
+
+
 def _live(
     own: list[replica_pb2.ReplicaAssignment], seen: Mapping[str, replica_pb2.ReplicaObservation]
 ) -> int:
@@ -109,7 +126,12 @@ def _live(
 
 
 def _phase(
-    *, desired: int, ready: int, live: int, plan_record: records_pb2.DeploymentPlanRecord | None
+    *,
+    desired: int,
+    ready: int,
+    unhealthy: int,
+    live: int,
+    plan_record: records_pb2.DeploymentPlanRecord | None,
 ) -> types_pb2.DeploymentPhase.ValueType:
     """The one-word summary; the first row that holds wins."""
     failing = False
@@ -130,7 +152,7 @@ def _phase(
     rows = (
         (desired == 0, types_pb2.DEPLOYMENT_PHASE_STOPPED),
         (ready >= desired, types_pb2.DEPLOYMENT_PHASE_READY),
-        (ready > 0, types_pb2.DEPLOYMENT_PHASE_DEGRADED),
+        (ready > 0 or unhealthy > 0, types_pb2.DEPLOYMENT_PHASE_DEGRADED),
         (unschedulable and live == 0, types_pb2.DEPLOYMENT_PHASE_UNSCHEDULABLE),
         (failing, types_pb2.DEPLOYMENT_PHASE_FAILED),
         (live > 0, types_pb2.DEPLOYMENT_PHASE_STARTING),
@@ -156,6 +178,7 @@ def _summary(
     summary.message = observation.message
     summary.url = observation.url
     summary.pid = observation.pid
+    summary.healthy = observation.healthy
     if observation.HasField("ready_time"):
         summary.ready_time.CopyFrom(observation.ready_time)
     started, ready = from_timestamp(observation.start_time), from_timestamp(observation.ready_time)

@@ -6,6 +6,7 @@
 """
 
 import asyncio
+import os
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -114,7 +115,15 @@ class EngineProbe:
         except TimeoutError:
             return Outcome(ok=False, reason=f"{method} {url} gave no answer in {timeout_seconds:g} s"), b""
         except (aiohttp.ClientError, OSError, ValueError) as error:
-            return Outcome(ok=False, reason=f"{method} {url}: {str(error) or type(error).__name__}"), b""
+            return Outcome(ok=False, reason=f"{method} {url}: {_in_words(error)}"), b""
+
+
+def _in_words(error: Exception) -> str:
+    """Says what went wrong as a person would: `connection refused`, not the library's own account."""
+    cause = error.os_error if isinstance(error, aiohttp.ClientConnectorError) else error
+    if isinstance(cause, OSError) and cause.errno is not None:
+        return os.strerror(cause.errno).lower()
+    return str(error) or type(error).__name__
 
 
 async def _read_bounded(response: aiohttp.ClientResponse) -> bytes:

@@ -77,6 +77,8 @@ class LifecycleLimits:
 # One idle look could fall between two requests' engine steps; gauges lag by a step.
 IDLE_SAMPLES_UNTIL_DRAINED = 2
 _PROBE_GROWTH = 1.2
+# Someone else's URL may be a moment late; after this many probes a person should know.
+EXTERNAL_PROBES_UNTIL_WARNING = 3
 
 
 class Observer(Protocol):
@@ -211,7 +213,10 @@ class Lifecycle:
         if not outcome.ok:
             replica.probes += 1
             if replica.external:
-                self._say(replica, f"waiting for {url}: {outcome.reason}")
+                message = f"waiting for {url}: {outcome.reason}"
+                self._say(replica, message)
+                if replica.probes == EXTERNAL_PROBES_UNTIL_WARNING:
+                    self.observer.replica_event(replica, "ExternalUnreachable", message, warning=True)
                 return self.limits.external_probe
             replica.observation.message = outcome.reason[:1024]
             wait = self.limits.probe_first * _PROBE_GROWTH ** min(replica.probes, 64)

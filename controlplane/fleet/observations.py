@@ -59,13 +59,14 @@ class ObservationWriter:
         """Stores reports of a node.
 
         Returns:
-            The reports that were new, and the replicas that nobody assigned to that node.
+            The reports that moved a replica to a new state, and the replicas that nobody assigned to
+            that node.
 
         Raises:
             StoreUnavailable: The store did not answer; the agent reports again.
             Conflict: The record changed more often than it was retried.
         """
-        stored: list[replica_pb2.ReplicaObservation] = []
+        moved: list[replica_pb2.ReplicaObservation] = []
         unknown: list[str] = []
         for observation in observations:
             assignment = self._plans.get(plan_key_of(key_of(observation)))
@@ -74,10 +75,11 @@ class ObservationWriter:
                 continue
             observation.node = node
             if await self._write_one(observation):
-                stored.append(observation)
-        return stored, unknown
+                moved.append(observation)
+        return moved, unknown
 
     async def _write_one(self, observation: replica_pb2.ReplicaObservation) -> bool:
+        """Stores one report; tells whether it moved the replica to a new state."""
         key = key_of(observation)
         old, revision = self._actual.get(key), self._actual.revision_of(key)
         for _ in range(WRITE_ATTEMPTS_MAX):
@@ -88,7 +90,7 @@ class ObservationWriter:
                 compares=[Compare(key, mod_revision=revision)],
             )
             if commit.succeeded:
-                return True
+                return old is None or old.state != observation.state
             current = await self._store.get(key)
             revision = current.mod_revision if current else 0
             old = replica_pb2.ReplicaObservation.FromString(current.value) if current else None
@@ -160,13 +162,11 @@ def describe_change(
         case types_pb2.REPLICA_STATE_STARTING:
             process = f" (process {observation.pid})" if observation.pid else ""
             return "ReplicaStarting", f"engine started {place}{process}", False
-        case types_pb2.REPLICA_STATE_READY if observation.healthy:
+        case types_pb2.REPLICA_STATE_READY:
             started = observation.start_time.ToMilliseconds()
             ready = observation.ready_time.ToMilliseconds()
             took = f" after {ready - started} ms" if started and ready else ""
             return "ReplicaReady", f"served its first token {place}{took} at {observation.url}", False
-        case types_pb2.REPLICA_STATE_READY:
-            return "ReplicaUnhealthy", f"{place}: {observation.message}", True
         case types_pb2.REPLICA_STATE_STOPPED:
             return "ReplicaStopped", f"{place}: {observation.message or 'stopped as asked'}", False
         case _:

@@ -188,8 +188,8 @@ class FleetServicer(fleet_service_pb2_grpc.FleetServiceServicer):
         _require_bounded("replicas", len(request.replicas))
         _require_bounded("events", len(request.events))
         session = self._sessions.hear(request.session_id)
-        stored, unknown = await self._observations.write(session.node, request.replicas)
-        for observation in stored:
+        moved, unknown = await self._observations.write(session.node, request.replicas)
+        for observation in moved:
             change = describe_change(observation)
             if change is not None:
                 reason, message, warning = change

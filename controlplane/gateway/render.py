@@ -239,6 +239,7 @@ def _replica(replica: deployment_pb2.ReplicaSummary) -> schema.Replica:
         engine_start_ms=replica.engine_start_ms or None,
         pid=replica.pid or None,
         device_ids=list(replica.device_ids),
+        healthy=replica.healthy,
     )
 
 

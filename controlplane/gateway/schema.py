@@ -155,6 +155,7 @@ class Replica(_Resource):
     engine_start_ms: int | None
     pid: int | None
     device_ids: list[str]
+    healthy: bool
 
 
 class Failure(_Resource):

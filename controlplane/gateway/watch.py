@@ -36,6 +36,8 @@ _QUEUE_LENGTH = 1000
 _PING_SECONDS = 15.0
 # A client that takes no message for so long is gone, or as good as gone.
 _SEND_SECONDS = 30.0
+# After a deletion, how long the stream stays for the events that tell of it.
+_LAST_EVENTS_SECONDS = 1.0
 # What clients send is read only to notice that they go.
 _CLIENT_MESSAGE_BYTES_MAX = 4096
 
@@ -136,6 +138,8 @@ class _Session:
                         await self._queue.put({"type": "status", "deployment": resource})
                     case "deleted":
                         await self._queue.put({"type": "status", "deployment": None})
+                        # The events that tell of the end are written by others, at about this moment.
+                        await asyncio.sleep(_LAST_EVENTS_SECONDS)
                         await self._queue.put(None)
                         return
                     case "snapshot_end":

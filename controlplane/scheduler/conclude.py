@@ -69,7 +69,7 @@ def _scheduled(deployment: DeploymentView, outcome: Outcome) -> Condition:
 
 def _unplaced(desired: int, outcome: Outcome) -> Condition:
     """Why replicas are missing."""
-    count = f"{outcome.missing} of {desired} replicas"
+    count = f"{outcome.missing} of {desired} {'replica' if desired == 1 else 'replicas'}"
     leaving = outcome.yielded is not None or any(each.result is Class.DRAINING for each in outcome.members)
     if outcome.explanation is not None and leaving:
         message = f"waiting for a draining replica's room: {outcome.explanation.summary}"
@@ -97,7 +97,8 @@ def _available(deployment: DeploymentView, outcome: Outcome) -> Condition:
         for each in outcome.members
         if each.result in {Class.CURRENT, Class.STALE} and each.replica.serves and each.replica.healthy
     )
-    message = f"{ready} of {deployment.desired} replicas serve"
+    verb = "replica serves" if deployment.desired == 1 else "replicas serve"
+    message = f"{ready} of {deployment.desired} {verb}"
     if ready:
         return Condition(Truth.TRUE, SERVING, message)
     if deployment.desired == 0:

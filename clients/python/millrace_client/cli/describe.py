@@ -18,7 +18,7 @@ from millrace_client.cli.session import Session, command
 
 if TYPE_CHECKING:
     from google.protobuf.timestamp_pb2 import Timestamp
-    from millrace.core.v1.deployment_pb2 import Deployment
+    from millrace.core.v1.deployment_pb2 import Deployment, ReplicaSummary
     from millrace.core.v1.event_pb2 import Event
     from millrace.core.v1.sizing_pb2 import Sizing
     from millrace.scheduler.v1.scheduler_service_pb2 import ExplainDeploymentResponse
@@ -192,7 +192,7 @@ def _conditions(deployment: "Deployment") -> Iterator[Any]:
 
 
 def _replicas(deployment: "Deployment") -> Iterator[Any]:
-    from millrace_client.cli.render import age_text, enum_name, table
+    from millrace_client.cli.render import age_text, table
 
     yield ""
     yield _heading("Replicas")
@@ -216,7 +216,7 @@ def _replicas(deployment: "Deployment") -> Iterator[Any]:
         [
             (
                 f"  {each.replica}",
-                enum_name(each, "state"),
+                _state(each),
                 each.node,
                 str(each.pid) if each.pid else "",
                 ",".join(each.device_ids),
@@ -229,6 +229,14 @@ def _replicas(deployment: "Deployment") -> Iterator[Any]:
             for each in deployment.status.replicas
         ],
     )
+
+
+def _state(replica: "ReplicaSummary") -> str:
+    """Returns a replica's state; one that runs and fails its health checks is not READY to a reader."""
+    from millrace_client.cli.render import enum_name
+
+    state = enum_name(replica, "state")
+    return "UNHEALTHY" if state == "READY" and not replica.healthy else state
 
 
 def _failure(deployment: "Deployment") -> Iterator[Any]:

@@ -260,6 +260,7 @@ class ReplicaSummary(_message.Message):
     ENGINE_START_MS_FIELD_NUMBER: _builtins.int
     PID_FIELD_NUMBER: _builtins.int
     DEVICE_IDS_FIELD_NUMBER: _builtins.int
+    HEALTHY_FIELD_NUMBER: _builtins.int
     replica: _builtins.str
     """Identifier, unique for all time."""
     node: _builtins.str
@@ -276,6 +277,10 @@ class ReplicaSummary(_message.Message):
     """Time from the start of the engine process to the first served token, milliseconds; 0 until known."""
     pid: _builtins.int
     """Operating-system process that leads the engine's process group; 0 where there is none."""
+    healthy: _builtins.bool
+    """Whether it passes its health checks; false until it has served a token, and for a READY replica that
+    still runs but answers its checks no longer.
+    """
     @_builtins.property
     def assign_time(self) -> _timestamp_pb2.Timestamp:
         """When it was placed."""
@@ -302,10 +307,11 @@ class ReplicaSummary(_message.Message):
         engine_start_ms: _builtins.int = ...,
         pid: _builtins.int = ...,
         device_ids: _abc.Iterable[_builtins.str] | None = ...,
+        healthy: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["assign_time", b"assign_time", "ready_time", b"ready_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["assign_time", b"assign_time", "device_ids", b"device_ids", "engine_start_ms", b"engine_start_ms", "generation", b"generation", "message", b"message", "node", b"node", "pid", b"pid", "ready_time", b"ready_time", "replica", b"replica", "state", b"state", "url", b"url"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["assign_time", b"assign_time", "device_ids", b"device_ids", "engine_start_ms", b"engine_start_ms", "generation", b"generation", "healthy", b"healthy", "message", b"message", "node", b"node", "pid", b"pid", "ready_time", b"ready_time", "replica", b"replica", "state", b"state", "url", b"url"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

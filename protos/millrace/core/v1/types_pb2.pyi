@@ -255,7 +255,7 @@ class _DeploymentPhaseEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Deplo
     DEPLOYMENT_PHASE_READY: _DeploymentPhase.ValueType  # 4
     """Every wanted replica serves."""
     DEPLOYMENT_PHASE_DEGRADED: _DeploymentPhase.ValueType  # 5
-    """Some, but not all, wanted replicas serve."""
+    """Some, but not all, wanted replicas serve; or those that served run and fail their health checks."""
     DEPLOYMENT_PHASE_FAILED: _DeploymentPhase.ValueType  # 6
     """No replica serves and the last start failed; it is retried with back-off."""
     DEPLOYMENT_PHASE_STOPPED: _DeploymentPhase.ValueType  # 7
@@ -275,7 +275,7 @@ DEPLOYMENT_PHASE_STARTING: DeploymentPhase.ValueType  # 3
 DEPLOYMENT_PHASE_READY: DeploymentPhase.ValueType  # 4
 """Every wanted replica serves."""
 DEPLOYMENT_PHASE_DEGRADED: DeploymentPhase.ValueType  # 5
-"""Some, but not all, wanted replicas serve."""
+"""Some, but not all, wanted replicas serve; or those that served run and fail their health checks."""
 DEPLOYMENT_PHASE_FAILED: DeploymentPhase.ValueType  # 6
 """No replica serves and the last start failed; it is retried with back-off."""
 DEPLOYMENT_PHASE_STOPPED: DeploymentPhase.ValueType  # 7
