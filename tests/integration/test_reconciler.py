@@ -263,7 +263,7 @@ async def test_what_does_not_fit_says_so_until_a_node_comes(cluster: ReconciledC
     await cluster.drive(unschedulable)
     condition = (await cluster.status("qwen")).conditions[0]
     assert condition.message == (
-        "1 of 1 replicas cannot be placed: needs 4.0 GiB on CPU; 2 nodes: 1 cordoned, "
+        "1 of 1 replica cannot be placed: needs 4.0 GiB on CPU; 2 nodes: 1 cordoned, "
         "1 out of memory (largest free 2.0 GiB); uncordon node node-2"
     )
     (event,) = cluster.events.of("Unschedulable")
