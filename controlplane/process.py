@@ -31,6 +31,7 @@ from controlplane.fleet.service import SERVICE_NAME as FLEET_SERVICE_NAME
 from controlplane.fleet.service import FleetService
 from controlplane.gateway.app import Gateway, build_app, start_gateway
 from controlplane.gateway.backend import Backend
+from controlplane.knowledge import load_knowledge
 from controlplane.reconciler import Reconciler
 from controlplane.settings import ControlPlaneSettings
 from core import VERSION
@@ -156,7 +157,7 @@ class ControlPlane:
             clock=self._clock,
             view=view,
             events=events,
-            sizer=Sizer(view, FileModelSource()),
+            sizer=Sizer(view, FileModelSource(load_knowledge()), load_knowledge()),
             memory=RequestMemory(self._clock),
             addresses=addresses,
             fleet_token=read_token(self._settings.fleet_token_file),

@@ -1,8 +1,9 @@
-"""Facts of a declared model, from its own files: a directory, the local hub cache, or the hub.
+"""Facts of a declared model: the knowledge base, a directory, the local hub cache, or the hub.
 
-In comes what the user wrote, out come `ModelFacts` for sizing. Only `config.json` and the index of the
-weights are read, both within limits; weights themselves are the node agents' business. Files are read in
-threads, so that a slow disk does not stop the API.
+In comes what the user wrote, out come `ModelFacts` for sizing. A hub id that the knowledge base has is
+answered without the hub, so that a known model can be declared while the hub is out of reach.
+Only `config.json` and the index of the weights are read, both within limits; weights themselves are the node
+agents' business. Files are read in threads, so that a slow disk does not stop the API.
 """
 
 import asyncio
@@ -10,6 +11,7 @@ import json
 import os
 import stat
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -19,7 +21,7 @@ from huggingface_hub import constants, get_token, hf_hub_url, try_to_load_from_c
 from huggingface_hub.errors import HFValidationError
 
 from controlplane.api import limits
-from controlplane.sizing import ModelFacts, facts_from_config
+from controlplane.sizing import KnowledgeBase, ModelFacts, facts_from_config
 from core.errors import InvalidArgument
 
 _log = structlog.get_logger(__name__)
@@ -42,13 +44,37 @@ class ModelSource(Protocol):
 
 
 class FileModelSource:
-    """Reads model directories of this machine and Hugging Face's cache and hub."""
+    """Knows the knowledge base; reads model directories of this machine and Hugging Face's cache and hub."""
+
+    def __init__(self, knowledge: KnowledgeBase | None = None) -> None:
+        """Takes what is known beforehand; None for nothing."""
+        self._knowledge = knowledge if knowledge is not None else KnowledgeBase()
 
     async def facts(self, model: str) -> ModelFacts:
         """Returns a model's facts; waits at most the hub's limit."""
         if model.startswith("/"):
             return await asyncio.to_thread(_from_directory, model)
+        known = self._knowledge.model(model)
+        if known is not None:
+            weight_file_bytes = await asyncio.to_thread(_cached_weight_bytes, model)
+            return replace(known.facts, weight_file_bytes=weight_file_bytes)
         return await _from_hub(model)
+
+    async def facts_of_file(self, config: Path) -> ModelFacts:
+        """Returns what one configuration file says, without any weights.
+
+        Raises:
+            InvalidArgument: Field `model`: the file is of no use.
+        """
+
+        def read() -> ModelFacts:
+            parsed = _read_json(str(config), config, limits.MODEL_CONFIG_BYTES_MAX)
+            return facts_from_config(parsed, weight_file_bytes=None)
+
+        try:
+            return await asyncio.to_thread(read)
+        except OSError as error:
+            raise _not_found(str(config), f"`{config}` cannot be read: {error.strerror or error}") from error
 
 
 def _not_found(model: str, description: str) -> InvalidArgument:
@@ -107,12 +133,24 @@ def _cached(model: str, file: str) -> Path | None:
 
 def _from_cache(model: str, config: Path) -> ModelFacts:
     parsed = _read_json(model, config, limits.MODEL_CONFIG_BYTES_MAX)
+    return facts_from_config(parsed, weight_file_bytes=_snapshot_weight_bytes(model, config))
+
+
+def _cached_weight_bytes(model: str) -> int | None:
+    """Sum of the weight files of a known model; None where the cache has none, or the name is no hub id."""
     try:
-        weight_bytes = _weight_bytes(model, config.parent)
+        snapshot = try_to_load_from_cache(model, _CONFIG)
+    except HFValidationError:
+        return None
+    return _snapshot_weight_bytes(model, Path(snapshot)) if isinstance(snapshot, str) else None
+
+
+def _snapshot_weight_bytes(model: str, config: Path) -> int | None:
+    try:
+        return _weight_bytes(model, config.parent)
     except OSError:
         # The cache may hold the configuration alone; the size is then computed from the parameters.
-        weight_bytes = None
-    return facts_from_config(parsed, weight_file_bytes=weight_bytes)
+        return None
 
 
 async def _download(model: str) -> bytes:

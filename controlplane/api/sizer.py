@@ -1,17 +1,18 @@
 """What one replica of a spec needs, and whether any known node could ever hold it.
 
 In comes a checked spec, out comes its `Sizing`; refusals carry the field as the caller wrote it. The
-numbers come from `controlplane.sizing`, the devices from what agents reported.
+numbers come from `controlplane.sizing` and the knowledge base, the devices from what agents reported.
 """
 
 from collections import Counter
+from dataclasses import replace
 
 from millrace.core.v1 import deployment_pb2, node_pb2, sizing_pb2, types_pb2
 
 from controlplane.api.models import ModelSource
 from controlplane.api.view import ClusterView
 from controlplane.convert import sizing_to_proto, struct_to_dict
-from controlplane.sizing import DeviceOption, ModelFacts, SizingRequest, size
+from controlplane.sizing import DeviceOption, KnowledgeBase, ModelFacts, SizingRequest, size
 from core.errors import FailedPrecondition, FieldViolation, InvalidArgument
 from core.states import DeviceKind, Engine, Quantization
 
@@ -19,9 +20,12 @@ from core.states import DeviceKind, Engine, Quantization
 class Sizer:
     """Sizes specs against the nodes that are known."""
 
-    def __init__(self, view: ClusterView, models: ModelSource) -> None:
+    def __init__(
+        self, view: ClusterView, models: ModelSource, knowledge: KnowledgeBase | None = None
+    ) -> None:
         self._view = view
         self._models = models
+        self._knowledge = knowledge if knowledge is not None else KnowledgeBase()
 
     async def size(self, spec: deployment_pb2.DeploymentSpec, prefix: str) -> sizing_pb2.Sizing:
         """Sizes one replica.
@@ -44,6 +48,7 @@ class Sizer:
                 quantization=Quantization(spec.quantization),
                 max_model_len=spec.max_model_len if spec.HasField("max_model_len") else None,
                 extra_args=struct_to_dict(spec.extra_args),
+                engine_facts=self._knowledge.engine(Engine(spec.engine)),
             )
             return sizing_to_proto(size(request, self.device_options(spec.engine)))
         except InvalidArgument as error:
@@ -72,8 +77,18 @@ class Sizer:
             for machine in self._view.machines.items.values()
             if machine.state != types_pb2.NODE_STATE_LOST
         ]
-        usable = [option for inventory in alive for option in _options(inventory, engine)]
-        return usable or [option for inventory in alive for option in _options(inventory, None)]
+        usable = [option for inventory in alive for option in self._options(inventory, engine)]
+        return usable or [option for inventory in alive for option in self._options(inventory, None)]
+
+    def _options(
+        self, inventory: node_pb2.NodeInventory, engine: types_pb2.Engine.ValueType | None
+    ) -> list[DeviceOption]:
+        return [replace(each, product=self._short_name(each.product)) for each in _options(inventory, engine)]
+
+    def _short_name(self, product: str) -> str:
+        """As sentences write it; the driver's own string where the knowledge base does not have it."""
+        gpu = self._knowledge.gpu(product) if product else None
+        return gpu.short_name if gpu is not None else product
 
 
 def _options(

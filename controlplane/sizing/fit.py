@@ -9,28 +9,27 @@ from dataclasses import dataclass
 
 from controlplane.sizing.facts import ModelFacts
 from controlplane.sizing.overrides import Overrides
-from controlplane.sizing.structs import DeviceOption
+from controlplane.sizing.structs import DeviceOption, EngineFacts
 from controlplane.sizing.units import GIB, MIB
 from core.states import DeviceKind, Quantization
 
-# Measured on vLLM: about 3 GB resident for a model of a few MB on CPU; on a GPU activations, CUDA graphs
-# and the context agree with published cache sizes within 0.4 % at 3.5 GiB.
-OVERHEAD_BYTES = {DeviceKind.CPU: 3 * GIB, DeviceKind.NVIDIA: 7 * GIB // 2}
 # A cache for so many sequences of full length keeps a batch going.
 SEQUENCES = 8
 KV_CACHE_MIN = 64 * MIB
 # Main memory is shared with everything else on the machine; beyond this a CPU gains nothing.
 KV_CACHE_MAX_CPU = 4 * GIB
-# The engine's own default share of a GPU; the rest is the driver's.
-GPU_UTILIZATION = 0.92
 # Shorter contexts than this are not chosen without being asked for: hardly any prompt would fit.
 CONTEXT_MIN = 2048
 # The engine's largest default block; a sequence takes whole blocks, and one block is never handed out.
 BLOCK_TOKENS = 128
 # Head widths that the engine's CPU attention takes.
 CPU_HEAD_DIMS = frozenset({32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512})
-# Bits of an int4 weight with its scale and zero point, in groups of 128.
-INT4_BITS_THOUSANDTHS = 4156
+# One 32-bit scale for a block of 128 x 128 weights.
+FP8_BLOCK = 128 * 128
+INT4_GROUP = 128
+# Tokens in one step, the engine's defaults for a server by the memory of the device; it makes an exception
+# for the A100. They bound what a sliding-window layer holds beyond its window.
+_BATCH_TOKENS = ((160 * GIB, 16384), (70 * GIB, 8192), (0, 2048))
 
 _SHORTENED_STEP = 1024
 
@@ -44,12 +43,14 @@ class Demand:
         quantization: Of the weights as they will be loaded.
         max_model_len: Asked-for context, tokens; None to take the longest.
         overrides: What the user set by hand.
+        engine: What the engine needs besides the model.
     """
 
     facts: ModelFacts
     quantization: Quantization
     max_model_len: int | None
     overrides: Overrides
+    engine: EngineFacts
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +66,9 @@ class Fit:
         kv_bytes_per_token: Cache a token, over all devices.
         kv_cache_bytes: Cache, over all devices.
         overhead_bytes: What the engine needs besides, a device.
+        usable_bytes: What the engine can use, over all devices.
+        sequence_bytes: Cache of one sequence of full length, over all devices.
+        kv_tokens: Tokens that the cache holds when it takes all that is left; 0 where there is none.
         kv_left_to_engine: True where the engine fills its share of the device by itself.
     """
 
@@ -76,6 +80,9 @@ class Fit:
     kv_bytes_per_token: int
     kv_cache_bytes: int
     overhead_bytes: int
+    usable_bytes: int
+    sequence_bytes: int
+    kv_tokens: int
     kv_left_to_engine: bool = False
 
     @property
@@ -84,14 +91,24 @@ class Fit:
         return self.weights_bytes + self.kv_cache_bytes + self.overhead_bytes * self.tensor_parallel
 
 
-def usable_bytes(option: DeviceOption, overrides: Overrides) -> int:
+def usable_bytes(option: DeviceOption, demand: Demand) -> int:
     """Memory of one device that an engine can use."""
-    default = 1.0 if option.kind is DeviceKind.CPU else GPU_UTILIZATION
-    return int(option.memory_bytes * (overrides.memory_utilization or default))
+    share = demand.overrides.memory_utilization or demand.engine.memory_utilization.get(option.kind, 1.0)
+    return int(option.memory_bytes * share)
 
 
-def weights_bytes(facts: ModelFacts, quantization: Quantization) -> tuple[int, str]:
+def overhead_bytes(option: DeviceOption, demand: Demand) -> int:
+    """What the engine needs on one device besides weights and cache."""
+    if demand.overrides.overhead_bytes is not None:
+        return demand.overrides.overhead_bytes
+    return demand.engine.overhead_bytes.get(option.kind, 0)
+
+
+def weights_bytes(demand: Demand) -> tuple[int, str]:
     """Bytes of the loaded weights, and how they were worked out."""
+    facts, quantization = demand.facts, demand.quantization
+    if demand.overrides.weights_bytes is not None:
+        return demand.overrides.weights_bytes, "set by hand"
     from_files = quantization is Quantization.NONE or facts.quantization is not Quantization.NONE
     if facts.weight_file_bytes is not None and from_files:
         return facts.weight_file_bytes, "sum of the weight files"
@@ -99,11 +116,14 @@ def weights_bytes(facts: ModelFacts, quantization: Quantization) -> tuple[int, s
     count = f"{facts.parameters:,} parameters"
     match quantization:
         case Quantization.FP8:
-            amount = linear + 2 * facts.embedding_parameters
-            return amount, f"{count}: 1 byte each, embeddings 2"
+            amount = linear * (FP8_BLOCK + 4) // FP8_BLOCK + 2 * facts.embedding_parameters
+            return amount, f"{count}: 1 byte each with scales, embeddings 2"
         case Quantization.AWQ | Quantization.GPTQ:
-            amount = linear * INT4_BITS_THOUSANDTHS // 8000 + 2 * facts.embedding_parameters
-            return amount, f"{count}: 4.156 bits each with scales, embeddings 16"
+            group, bits = facts.quantization_group or INT4_GROUP, facts.quantization_bits
+            # A 16-bit scale and a zero point of the weights' own width for each group.
+            group_bits = bits * (group + 1) + 16
+            amount = linear * group_bits // (8 * group) + 2 * facts.embedding_parameters
+            return amount, f"{count}: {group_bits / group:.3f} bits each with scales, embeddings 16"
         case _:
             # Decoders are loaded in 16 bits whatever the files hold; encoders keep their own precision.
             each = facts.dtype_bytes if facts.encoder_only else 2
@@ -112,8 +132,30 @@ def weights_bytes(facts: ModelFacts, quantization: Quantization) -> tuple[int, s
 
 def kv_bytes_per_token(facts: ModelFacts, tensor_parallel: int, element_bytes: int) -> int:
     """Cache a token over all devices; heads are repeated where there are fewer of them than devices."""
-    copies = tensor_parallel if facts.kv_replicated else max(1, tensor_parallel // facts.kv_heads)
-    return facts.kv_elements_per_token * element_bytes * copies
+    return facts.kv_elements_per_token * element_bytes * _copies(facts, tensor_parallel)
+
+
+def _copies(facts: ModelFacts, tensor_parallel: int) -> int:
+    return tensor_parallel if facts.kv_replicated else max(1, tensor_parallel // facts.kv_heads)
+
+
+def sequence_bytes(demand: Demand, option: DeviceOption, tensor_parallel: int, tokens: int) -> int:
+    """Cache of one sequence over all devices: windows capped, states of constant size added."""
+    facts, element_bytes = demand.facts, demand.overrides.kv_element_bytes
+    windowed = facts.window_elements_per_token * element_bytes
+    full = facts.kv_elements_per_token * element_bytes - windowed
+    held = min(tokens, facts.window_tokens - 1 + _batch_tokens(demand, option)) if windowed else 0
+    return (full * tokens + windowed * held) * _copies(facts, tensor_parallel) + (
+        facts.state_bytes_per_sequence if tokens else 0
+    )
+
+
+def _batch_tokens(demand: Demand, option: DeviceOption) -> int:
+    if demand.overrides.batch_tokens is not None:
+        return demand.overrides.batch_tokens
+    small = option.kind is DeviceKind.CPU or "A100" in option.product
+    memory_bytes = 0 if small else option.memory_bytes
+    return next(tokens for least, tokens in _BATCH_TOKENS if memory_bytes >= least)
 
 
 def parallel_refusal(facts: ModelFacts, tensor_parallel: int, quantization: Quantization) -> str:
@@ -124,7 +166,7 @@ def parallel_refusal(facts: ModelFacts, tensor_parallel: int, quantization: Quan
         return f"{facts.kv_heads} key/value heads and {tensor_parallel} devices do not divide"
     group = facts.quantization_group
     if not group and quantization in {Quantization.AWQ, Quantization.GPTQ}:
-        group = 128
+        group = INT4_GROUP
     for width in facts.feed_forward_widths:
         if width % tensor_parallel:
             return f"a feed-forward width of {width} does not divide by {tensor_parallel}"
@@ -145,59 +187,75 @@ def parallel_degrees(demand: Demand, option: DeviceOption) -> Iterator[int]:
 def fit(demand: Demand, option: DeviceOption, tensor_parallel: int) -> Fit | None:
     """Fits a model on `tensor_parallel` devices of an option; None when it does not fit."""
     facts, overrides = demand.facts, demand.overrides
-    weights, _ = weights_bytes(facts, demand.quantization)
-    overhead = OVERHEAD_BYTES[option.kind]
-    budget = (usable_bytes(option, overrides) - overhead) * tensor_parallel - weights
+    weights, _ = weights_bytes(demand)
+    overhead = overhead_bytes(option, demand)
+    usable = usable_bytes(option, demand) * tensor_parallel
+    budget = usable - overhead * tensor_parallel - weights
     if budget < 0:
         return None
-    per_token = kv_bytes_per_token(facts, tensor_parallel, overrides.kv_element_bytes)
     available = budget
     if overrides.kv_cache_bytes is not None:
         available = overrides.kv_cache_bytes * tensor_parallel
         if available > budget:
             return None
-    context = _context(facts, demand.max_model_len, per_token, available)
+    context = _context(demand, option, tensor_parallel, available)
     if context is None:
         return None
+    one = sequence_bytes(demand, option, tensor_parallel, context)
     by_utilization = overrides.memory_utilization is not None and overrides.kv_cache_bytes is None
     if overrides.kv_cache_bytes is not None or by_utilization:
         cache = available
     else:
-        cache = _cache(option.kind, per_token, context, available)
+        cache = _cache(option.kind, one, least_bytes(demand, option, tensor_parallel, context), available)
     return Fit(
         option=option,
         tensor_parallel=tensor_parallel,
         max_model_len=context,
         shortened=demand.max_model_len is None and context < facts.max_positions,
         weights_bytes=weights,
-        kv_bytes_per_token=per_token,
+        kv_bytes_per_token=kv_bytes_per_token(facts, tensor_parallel, overrides.kv_element_bytes),
         kv_cache_bytes=cache,
         overhead_bytes=overhead,
+        usable_bytes=usable,
+        sequence_bytes=one,
+        kv_tokens=available * context // one if one else 0,
         kv_left_to_engine=by_utilization,
     )
 
 
-def sequence_bytes(per_token: int, context: int) -> int:
-    """Cache that one sequence of full length needs, in whole blocks and one block more."""
-    return per_token * (-(-context // BLOCK_TOKENS) + 1) * BLOCK_TOKENS
+def least_bytes(demand: Demand, option: DeviceOption, tensor_parallel: int, context: int) -> int:
+    """Cache without which the engine refuses a context: one sequence in whole blocks, and a block more."""
+    if demand.facts.encoder_only:
+        return 0
+    blocks = (-(-context // BLOCK_TOKENS) + 1) * BLOCK_TOKENS
+    return sequence_bytes(demand, option, tensor_parallel, blocks)
 
 
-def _context(facts: ModelFacts, asked: int | None, per_token: int, available: int) -> int | None:
-    if asked is not None:
-        return asked if sequence_bytes(per_token, asked) <= available else None
-    if sequence_bytes(per_token, facts.max_positions) <= available:
-        return facts.max_positions
-    longest = (available // (per_token * BLOCK_TOKENS) - 1) * BLOCK_TOKENS
+def _context(demand: Demand, option: DeviceOption, tensor_parallel: int, available: int) -> int | None:
+    """The context that was asked for, or the longest that the cache holds; None when there is none."""
+
+    def holds(tokens: int) -> bool:
+        return least_bytes(demand, option, tensor_parallel, tokens) <= available
+
+    if demand.max_model_len is not None:
+        return demand.max_model_len if holds(demand.max_model_len) else None
+    most = demand.facts.max_positions
+    if holds(most):
+        return most
+    low, high = 0, most // BLOCK_TOKENS
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if holds(middle * BLOCK_TOKENS) else (low, middle - 1)
+    longest = low * BLOCK_TOKENS
     if longest > _SHORTENED_STEP:
         longest -= longest % _SHORTENED_STEP
-    return longest if longest >= min(CONTEXT_MIN, facts.max_positions) else None
+    return longest if longest >= min(CONTEXT_MIN, most) else None
 
 
-def _cache(kind: DeviceKind, per_token: int, context: int, available: int) -> int:
-    if per_token == 0:
+def _cache(kind: DeviceKind, one: int, least: int, available: int) -> int:
+    if one == 0:
         return 0
-    one = sequence_bytes(per_token, context)
-    wanted = max(KV_CACHE_MIN, one, per_token * context * SEQUENCES)
+    wanted = max(KV_CACHE_MIN, least, one * SEQUENCES)
     if kind is DeviceKind.CPU:
-        wanted = min(wanted, max(KV_CACHE_MAX_CPU, one))
+        wanted = min(wanted, max(KV_CACHE_MAX_CPU, least))
     return min(wanted, available)

@@ -15,6 +15,10 @@ TOKENS_MAX = 100_000_000
 TENSOR_PARALLEL_MAX = 1024
 BYTES_MAX = 1 << 50
 
+# For sizing alone: no engine has such arguments, and the node agent leaves them out of its command line.
+WEIGHTS_ARGUMENT = "sizing_weights_bytes"
+OVERHEAD_ARGUMENT = "sizing_overhead_bytes"
+
 _SUFFIXES = {"k": 1000, "K": 1024, "m": 1000**2, "M": 1024**2}
 
 
@@ -28,6 +32,9 @@ class Overrides:
         kv_cache_bytes: Key/value cache a device, bytes.
         memory_utilization: Share of a device that the engine takes, 0 to 1.
         kv_element_bytes: Bytes of a number in the cache.
+        batch_tokens: Tokens that the engine computes in one step.
+        weights_bytes: Weights over all devices, where the user knows better than the formula.
+        overhead_bytes: What the engine needs besides, a device, likewise.
     """
 
     max_model_len: int | None = None
@@ -35,6 +42,9 @@ class Overrides:
     kv_cache_bytes: int | None = None
     memory_utilization: float | None = None
     kv_element_bytes: int = 2
+    batch_tokens: int | None = None
+    weights_bytes: int | None = None
+    overhead_bytes: int | None = None
 
 
 def read_overrides(extra_args: Mapping[str, object]) -> Overrides:
@@ -50,6 +60,9 @@ def read_overrides(extra_args: Mapping[str, object]) -> Overrides:
         kv_cache_bytes=_whole(values, "kv_cache_memory_bytes", BYTES_MAX),
         memory_utilization=_share(values.get("gpu_memory_utilization")),
         kv_element_bytes=1 if str(values.get("kv_cache_dtype", "")).startswith(("fp8", "int8")) else 2,
+        batch_tokens=_whole(values, "max_num_batched_tokens", TOKENS_MAX),
+        weights_bytes=_whole(values, WEIGHTS_ARGUMENT, BYTES_MAX),
+        overhead_bytes=_whole(values, OVERHEAD_ARGUMENT, BYTES_MAX),
     )
 
 

@@ -1,29 +1,29 @@
 """What one replica needs, from a model's facts and the devices there are.
 
 In come a `SizingRequest` and the devices that the engine can use, out comes a `SizingResult` whose terms
-add up, or a refusal with the numbers and the cheapest change. Pure. A knowledge base of models takes its
-place in front of `size`: it fills `ModelFacts` and quantization, and changes nothing here.
+add up, or a refusal with the numbers and the cheapest change. Where the facts come from, the knowledge base
+or a model's own files, makes no difference here. Pure.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from controlplane.sizing.fit import (
+    CONTEXT_MIN,
     CPU_HEAD_DIMS,
-    GPU_UTILIZATION,
-    OVERHEAD_BYTES,
     SEQUENCES,
     Demand,
     Fit,
     fit,
-    kv_bytes_per_token,
+    least_bytes,
+    overhead_bytes,
     parallel_degrees,
     parallel_refusal,
-    sequence_bytes,
     usable_bytes,
     weights_bytes,
 )
 from controlplane.sizing.overrides import check_tokens, read_overrides
+from controlplane.sizing.sentences import devices_text, fit_sentence
 from controlplane.sizing.structs import DeviceOption, DoesNotFit, SizingRequest, SizingResult, SizingTerm
 from controlplane.sizing.units import MIB, format_bytes
 from core.errors import FailedPrecondition, InvalidArgument
@@ -32,6 +32,9 @@ from core.states import DeviceKind, Engine, Quantization
 DOES_NOT_FIT = "ERROR_REASON_MODEL_DOES_NOT_FIT"
 SIMULATOR_BYTES = 64 * MIB
 SIMULATOR_MAX_MODEL_LEN = 8192
+# A context below this is taken only where more devices do not give a longer one: most prompts with a
+# document or a few turns would not fit.
+CONTEXT_USEFUL = 8192
 
 _KIND_NAMES = {DeviceKind.CPU: "CPU", DeviceKind.NVIDIA: "NVIDIA GPU"}
 # Best first.
@@ -67,7 +70,7 @@ def size(request: SizingRequest, devices: Sequence[DeviceOption]) -> SizingResul
                 "engine",
                 f"{request.engine.name.lower()} is not supported yet; use vllm, simulator or external",
             )
-    demand = _demand(request, devices)
+    demand = checked_demand(request, devices)
     if not devices:
         return _result(demand, _unbounded(demand), kinds=_possible_kinds(demand))
     best = _best(demand, devices)
@@ -93,7 +96,7 @@ def too_large(request: SizingRequest, devices: Sequence[DeviceOption]) -> DoesNo
     """
     if request.engine is not Engine.VLLM or not devices:
         return None
-    demand = _demand(request, devices)
+    demand = checked_demand(request, devices)
     return None if _best(demand, devices) is not None else _refusal(demand, devices)
 
 
@@ -120,8 +123,12 @@ def _asked_tokens(request: SizingRequest) -> int | None:
     return override if override is not None else request.max_model_len
 
 
-def _demand(request: SizingRequest, devices: Sequence[DeviceOption]) -> Demand:
-    """Checks what was asked for against the model."""
+def checked_demand(request: SizingRequest, devices: Sequence[DeviceOption]) -> Demand:
+    """Checks what was asked for against the model.
+
+    Raises:
+        InvalidArgument: As `size`.
+    """
     facts = request.facts
     if facts is None:
         raise InvalidArgument.of("model", "sizing for vllm needs the model's config.json")
@@ -151,7 +158,13 @@ def _demand(request: SizingRequest, devices: Sequence[DeviceOption]) -> Demand:
             f"attention heads of width {facts.head_dim} cannot run on CPU (possible are "
             f"{', '.join(map(str, sorted(CPU_HEAD_DIMS)))}); add a node with a GPU or choose another model",
         )
-    return Demand(facts=facts, quantization=quantization, max_model_len=tokens, overrides=overrides)
+    return Demand(
+        facts=facts,
+        quantization=quantization,
+        max_model_len=tokens,
+        overrides=overrides,
+        engine=request.engine_facts,
+    )
 
 
 def _cpu_capable(head_dim: int) -> bool:
@@ -168,24 +181,31 @@ def _fits(demand: Demand, devices: Sequence[DeviceOption]) -> Iterator[Fit]:
     for option in devices:
         if option.kind is DeviceKind.CPU and not _cpu_capable(demand.facts.head_dim):
             continue
-        if option.kind not in OVERHEAD_BYTES:
+        if option.kind not in demand.engine.overhead_bytes:
             continue
         for degree in parallel_degrees(demand, option):
             found = fit(demand, option, degree)
             if found is not None:
                 yield found
-                break
+                if not too_short(found):
+                    break
+
+
+def too_short(found: Fit) -> bool:
+    """True where the context was shortened to less than most callers need."""
+    return found.shortened and found.max_model_len < CONTEXT_USEFUL
 
 
 def _best(demand: Demand, devices: Sequence[DeviceOption]) -> Fit | None:
-    """GPU before CPU, then the fewest devices, then the longest context, then the smallest device."""
+    """GPU before CPU, a useful context, the fewest devices, the smallest device, the longest context."""
     return min(
         _fits(demand, devices),
         key=lambda each: (
             _KIND_ORDER.index(each.option.kind),
+            too_short(each),
             each.tensor_parallel,
-            -each.max_model_len,
             each.option.memory_bytes,
+            -each.max_model_len,
             each.option.node,
         ),
         default=None,
@@ -204,25 +224,24 @@ def _unbounded(demand: Demand) -> Fit:
 
 def _refusal(demand: Demand, devices: Sequence[DeviceOption]) -> DoesNotFit:
     """Says what is needed, what there is, and the cheapest change."""
-    facts = demand.facts
-    weights, _ = weights_bytes(facts, demand.quantization)
-    tokens = demand.max_model_len or min(2048, facts.max_positions)
-    usable = [each for each in devices if each.kind in OVERHEAD_BYTES] or list(devices)
+    weights, _ = weights_bytes(demand)
+    tokens = demand.max_model_len or min(CONTEXT_MIN, demand.facts.max_positions)
+    usable = [each for each in devices if each.kind in demand.engine.overhead_bytes] or list(devices)
 
     def offer(option: DeviceOption) -> int:
-        return usable_bytes(option, demand.overrides) * max(parallel_degrees(demand, option), default=1)
+        return usable_bytes(option, demand) * max(parallel_degrees(demand, option), default=1)
 
     largest = max(usable, key=lambda each: (offer(each), each.memory_bytes))
     degree = max(parallel_degrees(demand, largest), default=1)
-    overhead = OVERHEAD_BYTES.get(largest.kind, 0) * degree
-    per_token = kv_bytes_per_token(facts, degree, demand.overrides.kv_element_bytes)
-    cache = sequence_bytes(per_token, tokens) if per_token else 0
+    overhead = overhead_bytes(largest, demand) * degree
+    cache = least_bytes(demand, largest, degree, tokens)
     if demand.overrides.kv_cache_bytes is not None:
         cache = max(cache, demand.overrides.kv_cache_bytes * degree)
     needed = weights + cache + overhead
     where = _devices_text(largest.kind, degree)
     product = f" ({largest.product})" if largest.product else ""
-    share = f", of which an engine can use {GPU_UTILIZATION:.0%}" if largest.kind is DeviceKind.NVIDIA else ""
+    portion = offer(largest) / (largest.memory_bytes * degree)
+    share = f", of which an engine can use {portion:.0%}" if largest.kind is DeviceKind.NVIDIA else ""
     message = (
         f"the model does not fit: weights {format_bytes(weights)} + KV cache {format_bytes(cache)} "
         f"(one sequence of {tokens} tokens) + overhead {format_bytes(overhead)} = {format_bytes(needed)} "
@@ -261,7 +280,7 @@ def _devices_text(kind: DeviceKind, count: int) -> str:
 
 def _result(demand: Demand, found: Fit, *, kinds: tuple[DeviceKind, ...]) -> SizingResult:
     facts = demand.facts
-    _, weights_text = weights_bytes(facts, demand.quantization)
+    _, weights_text = weights_bytes(demand)
     cache_text = _cache_text(found)
     overhead = found.overhead_bytes * found.tensor_parallel
     overhead_text = (
@@ -272,16 +291,15 @@ def _result(demand: Demand, found: Fit, *, kinds: tuple[DeviceKind, ...]) -> Siz
         SizingTerm("kv_cache", found.kv_cache_bytes, cache_text),
         SizingTerm("overhead", overhead, overhead_text),
     )
-    where = " or ".join(_devices_text(kind, found.tensor_parallel) for kind in kinds)
-    summary = (
-        f"weights {format_bytes(found.weights_bytes)} + KV cache {format_bytes(found.kv_cache_bytes)} "
-        f"({cache_text}) + overhead {format_bytes(overhead)} = {format_bytes(found.total_bytes)} on {where}"
-    )
-    if found.shortened:
-        summary += (
-            f"; context shortened from {facts.max_positions} to {found.max_model_len} tokens, "
-            f"the longest that fits {format_bytes(found.option.memory_bytes * found.tensor_parallel)}"
+    if found.option.product:
+        summary = fit_sentence(
+            found,
+            cache=found.kv_cache_bytes,
+            devices=devices_text(found.option.product, found.tensor_parallel),
+            model_tokens=facts.max_positions,
         )
+    else:
+        summary = _plain_summary(found, cache_text, kinds, facts.max_positions)
     return SizingResult(
         parameters=facts.parameters,
         weights_bytes=found.weights_bytes,
@@ -298,11 +316,27 @@ def _result(demand: Demand, found: Fit, *, kinds: tuple[DeviceKind, ...]) -> Siz
     )
 
 
+def _plain_summary(found: Fit, cache_text: str, kinds: tuple[DeviceKind, ...], model_tokens: int) -> str:
+    """The sum where no product is known that it could be compared with: CPU, or no device at all."""
+    where = " or ".join(_devices_text(kind, found.tensor_parallel) for kind in kinds)
+    overhead = found.overhead_bytes * found.tensor_parallel
+    summary = (
+        f"weights {format_bytes(found.weights_bytes)} + KV cache {format_bytes(found.kv_cache_bytes)} "
+        f"({cache_text}) + overhead {format_bytes(overhead)} = {format_bytes(found.total_bytes)} on {where}"
+    )
+    if found.shortened:
+        summary += (
+            f"; context shortened from {model_tokens} to {found.max_model_len} tokens, "
+            f"the longest that fits {format_bytes(found.option.memory_bytes * found.tensor_parallel)}"
+        )
+    return summary
+
+
 def _cache_text(found: Fit) -> str:
     if found.kv_bytes_per_token == 0:
         return "an encoder keeps none"
     each = f"{format_bytes(found.kv_bytes_per_token)}/token x {found.max_model_len} tokens"
-    sequences = found.kv_cache_bytes / (found.kv_bytes_per_token * found.max_model_len)
+    sequences = found.kv_cache_bytes / found.sequence_bytes
     if found.kv_left_to_engine:
         return f"the rest of its share of the device, {each} x {sequences:.1f} sequences"
     if sequences > SEQUENCES:

@@ -4,7 +4,62 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from controlplane.sizing.facts import ModelFacts
+from controlplane.sizing.units import GIB
 from core.states import DeviceKind, Engine, Quantization
+
+# Measured on vLLM: about 3 GB resident for a model of a few MB on CPU; on a GPU activations, CUDA graphs
+# and the context agree with published cache sizes within 0.4 % at 3.5 GiB.
+OVERHEAD_BYTES = {DeviceKind.CPU: 3 * GIB, DeviceKind.NVIDIA: 7 * GIB // 2}
+# The engine's own default share of a GPU; the rest is the driver's.
+MEMORY_UTILIZATION = {DeviceKind.CPU: 1.0, DeviceKind.NVIDIA: 0.92}
+
+
+@dataclass(frozen=True, slots=True)
+class EngineFacts:
+    """What an engine needs besides the model; the defaults are vLLM's.
+
+    Attributes:
+        overhead_bytes: Activations, graphs and the context, a device, by its kind; a kind that is not there
+            cannot be used.
+        memory_utilization: Share of a device that the engine takes by default, 0 to 1, by kind.
+    """
+
+    overhead_bytes: Mapping[DeviceKind, int] = field(default_factory=OVERHEAD_BYTES.copy)
+    memory_utilization: Mapping[DeviceKind, float] = field(default_factory=MEMORY_UTILIZATION.copy)
+
+
+@dataclass(frozen=True, slots=True)
+class GpuModel:
+    """A kind of GPU.
+
+    Attributes:
+        name: Short name, such as A100-80GB.
+        products: Exact product strings of its driver.
+        aliases: Other short names.
+        memory_bytes: Total that the driver reports; less than the name says.
+        compute_capability: Of its instruction set.
+        bfloat16: True where it computes in bfloat16.
+        native_fp8: True where it computes in fp8; elsewhere fp8 weights are unpacked first.
+        devices_per_node: The most that one machine usually has.
+        tier: Recommended from the lowest tier that fits, where nobody says what there is.
+        cost_rank: Order by price, cheapest first.
+    """
+
+    name: str
+    products: tuple[str, ...]
+    aliases: tuple[str, ...]
+    memory_bytes: int
+    compute_capability: float
+    bfloat16: bool
+    native_fp8: bool
+    devices_per_node: int
+    tier: int
+    cost_rank: int
+
+    @property
+    def short_name(self) -> str:
+        """As sentences write it: A100-80."""
+        return self.name.removesuffix("GB")
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,6 +72,7 @@ class SizingRequest:
         quantization: Asked-for quantization of the weights.
         max_model_len: Asked-for context, tokens; None to work it out.
         extra_args: Engine arguments; those that sizing knows override its own numbers.
+        engine_facts: What the engine needs besides the model.
     """
 
     engine: Engine
@@ -24,6 +80,7 @@ class SizingRequest:
     quantization: Quantization = Quantization.NONE
     max_model_len: int | None = None
     extra_args: Mapping[str, object] = field(default_factory=dict)
+    engine_facts: EngineFacts = field(default_factory=EngineFacts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +92,7 @@ class DeviceOption:
         memory_bytes: Memory of one of them that engines may use.
         count: How many the node has.
         node: Where they are; for messages only.
-        product: Vendor's name of it; for messages only.
+        product: Vendor's name of it; for messages, and for the engine's defaults that go by it.
     """
 
     kind: DeviceKind

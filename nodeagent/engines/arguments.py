@@ -45,6 +45,9 @@ RESERVED_KEYS = frozenset(
     }
 )
 
+# Overrides of the sizing, which the control plane has worked in before anything is launched.
+SIZING_KEYS = frozenset({"sizing-overhead-bytes", "sizing-weights-bytes"})
+
 
 def struct_to_dict(struct: Struct) -> dict[str, Any]:
     """Converts a protobuf Struct; whole numbers come back as integers, since JSON has only one kind."""
@@ -104,7 +107,7 @@ def merge_arguments(
         CannotStart: A key is malformed or reserved, or a value is absurd.
     """
     merged = dict(computed)
-    reserved, ignored = frozenset(reserved), frozenset(ignored)
+    reserved, ignored = frozenset(reserved), SIZING_KEYS.union(ignored)
     # A Struct has no order of its own; a command line that differs from start to start is hard to compare.
     for key, value in sorted(struct_to_dict(extra).items()):
         name = key.replace("_", "-")

@@ -13,6 +13,7 @@ from huggingface_hub import constants
 
 from controlplane.api import limits, models
 from controlplane.api.models import FileModelSource
+from controlplane.knowledge import load_knowledge
 from core.errors import InvalidArgument
 from tests.support.api_harness import TINY_CONFIG
 
@@ -147,3 +148,21 @@ async def test_offline_hub_id_is_refused_with_the_remedy(monkeypatch: pytest.Mon
     assert error.reason == "ERROR_REASON_MODEL_NOT_FOUND"
     assert "absolute path" in error.message
     assert "HF_HUB_OFFLINE" in error.message
+
+
+async def test_a_known_model_needs_no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(models, "try_to_load_from_cache", lambda _model, _file: None)
+    facts = await FileModelSource(load_knowledge()).facts("Qwen/Qwen2.5-72B-Instruct")
+    assert (facts.parameters, facts.weight_file_bytes) == (72_706_203_648, None)
+
+
+async def test_a_known_model_takes_its_weights_from_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = write_model(tmp_path) / "config.json"
+    (tmp_path / "model.safetensors").write_bytes(b"x" * 512)
+    monkeypatch.setattr(models, "try_to_load_from_cache", lambda _model, _file: str(config))
+    facts = await FileModelSource(load_knowledge()).facts("Qwen/Qwen2.5-7B-Instruct")
+    # Its configuration is that of the knowledge base all the same.
+    assert (facts.parameters, facts.weight_file_bytes) == (7_615_616_512, 512)

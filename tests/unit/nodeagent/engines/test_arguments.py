@@ -66,3 +66,8 @@ def test_refused_arguments_name_the_key(key: str, value: Any, part: str) -> None
 def test_ignored_names_do_not_reach_the_engine() -> None:
     merged = merge_arguments({}, struct(tensor_parallel_size=2, seed=1), ignored=["tensor-parallel-size"])
     assert to_argv(merged) == ("--seed", "1")
+
+
+def test_overrides_of_the_sizing_stay_out_of_the_command_line() -> None:
+    extra = struct(sizing_weights_bytes=1, sizing_overhead_bytes=2, max_num_seqs=4)
+    assert to_argv(merge_arguments({}, extra)) == ("--max-num-seqs", "4")

@@ -1,0 +1,43 @@
+"""Reads the knowledge base from the data files beside this module.
+
+In come JSON files of the package (`models/*.json`, `gpus.json`, `engines.json`), out comes a
+`KnowledgeBase`. This is the part of sizing that does I/O; what the data mean stands in
+`controlplane.sizing`. A new model family is a new file under `models/` and nothing else.
+"""
+
+import json
+from collections.abc import Mapping
+from functools import cache
+from importlib import resources
+from importlib.resources.abc import Traversable
+from typing import cast
+
+from controlplane.sizing import KnowledgeBase, knowledge_from_data
+
+
+@cache
+def load_knowledge() -> KnowledgeBase:
+    """Reads the knowledge base once a process.
+
+    Raises:
+        ValueError: A data file is broken.
+        InvalidArgument: A model's configuration in it is not complete.
+    """
+    folder = resources.files(__name__)
+    models = sorted(
+        (file for file in (folder / "models").iterdir() if file.name.endswith(".json")),
+        key=lambda file: file.name,
+    )
+    return knowledge_from_data(
+        [_read(file) for file in models], _read(folder / "gpus.json"), _read(folder / "engines.json")
+    )
+
+
+def _read(file: Traversable) -> Mapping[str, object]:
+    try:
+        parsed = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"the knowledge base's {file.name} is no valid JSON: {error}") from error
+    if not isinstance(parsed, dict):
+        raise ValueError(f"the knowledge base's {file.name} holds no object")  # noqa: TRY004 - a file's content is wrong, not a call
+    return cast("Mapping[str, object]", parsed)
