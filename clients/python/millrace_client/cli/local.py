@@ -1,7 +1,7 @@
-"""`millrace up` and `millrace down`: a whole Millrace on this machine.
+"""Commands that need no cluster: `millrace up`, `millrace down` and `millrace size`.
 
-In come options that this module does not look at; the process becomes `millrace-local`, the program of
-the server distribution that knows them. It must not import anything of the server.
+In come options that this module does not look at; the process becomes `millrace-local` or `millrace-size`,
+the programs of the server distribution that know them. It must not import anything of the server.
 """
 
 import os
@@ -15,34 +15,40 @@ import typer
 from millrace_client import errors
 
 PROGRAM = "millrace-local"
+SIZE_PROGRAM = "millrace-size"
 _PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
 def up(context: typer.Context) -> None:
     """Start a whole Millrace on this machine; `millrace up --help` lists the options."""
-    _become(["up", *context.args])
+    _become(PROGRAM, ["up", *context.args])
 
 
 def down(context: typer.Context) -> None:
     """Stop what `millrace up` started, from another terminal."""
-    _become(["down", *context.args])
+    _become(PROGRAM, ["down", *context.args])
+
+
+def size(context: typer.Context) -> None:
+    """Show what a model needs and on which GPUs it fits; `millrace size --help` lists the options."""
+    _become(SIZE_PROGRAM, context.args)
 
 
 def register(application: typer.Typer) -> None:
     """Adds the commands; --help too is for the program behind them."""
-    for function in (up, down):
+    for function in (up, down, size):
         application.command(function.__name__, context_settings=_PASS_THROUGH, add_help_option=False)(
             function
         )
 
 
-def _become(arguments: list[str]) -> NoReturn:
+def _become(name: str, arguments: list[str]) -> NoReturn:
     # The program beside our own interpreter first: it belongs to the same installation.
-    beside = Path(sys.executable).parent / PROGRAM
-    program = str(beside) if os.access(beside, os.X_OK) else shutil.which(PROGRAM)
+    beside = Path(sys.executable).parent / name
+    program = str(beside) if os.access(beside, os.X_OK) else shutil.which(name)
     if program is None:
         raise errors.ContextError(
-            f"{PROGRAM} is not installed: install the `millrace` distribution (pip install millrace), or "
+            f"{name} is not installed: install the `millrace` distribution (pip install millrace), or "
             "run `make up` in its repository"
         )
     sys.stdout.flush()
