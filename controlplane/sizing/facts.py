@@ -41,7 +41,8 @@ class ModelFacts:
         kv_replicated: True where every tensor-parallel rank holds the whole cache (MLA).
         window_elements_per_token: Those of them that sliding-window layers keep.
         window_tokens: Tokens that such a layer looks back; 0 for none.
-        state_bytes_per_sequence: What linear-attention layers keep of a sequence whatever its length, bytes.
+        state_layers: Linear-attention layers, which keep a state whatever the length of a sequence.
+        state_bytes: What one of them keeps of a sequence, bytes.
         quantization: How the stored weights are quantized.
         quantization_group: Group that a rank's widths have to divide into; 0 for none.
         quantization_bits: Bits of a weight stored as AWQ or GPTQ.
@@ -62,7 +63,8 @@ class ModelFacts:
     kv_replicated: bool = False
     window_elements_per_token: int = 0
     window_tokens: int = 0
-    state_bytes_per_sequence: int = 0
+    state_layers: int = 0
+    state_bytes: int = 0
     quantization: Quantization = Quantization.NONE
     quantization_group: int = 0
     quantization_bits: int = 4
@@ -115,7 +117,8 @@ def facts_from_config(config: Config, *, weight_file_bytes: int | None) -> Model
         kv_replicated=parts.kv_replicated,
         window_elements_per_token=parts.window_elements_per_token,
         window_tokens=parts.window_tokens,
-        state_bytes_per_sequence=parts.state_bytes_per_sequence,
+        state_layers=parts.state_layers,
+        state_bytes=parts.state_bytes,
         quantization=quantization,
         quantization_group=group,
         quantization_bits=_stored_bits(reader),

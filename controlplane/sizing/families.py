@@ -22,7 +22,8 @@ class Parts:
     kv_replicated: bool = False
     window_elements_per_token: int = 0
     window_tokens: int = 0
-    state_bytes_per_sequence: int = 0
+    state_layers: int = 0
+    state_bytes: int = 0
 
 
 # Families that normalise queries and keys, a weight for each number of a head.
@@ -75,7 +76,8 @@ def _hybrid(reader: Reader, shape: Shape, model_type: str) -> Parts:
         embedding_parameters=embedding,
         feed_forward_widths=widths,
         kv_elements_per_token=2 * kinds.full * kv_heads * width,
-        state_bytes_per_sequence=kinds.linear * state_bytes,
+        state_layers=kinds.linear,
+        state_bytes=state_bytes,
     )
 
 

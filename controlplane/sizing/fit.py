@@ -22,6 +22,10 @@ KV_CACHE_MAX_CPU = 4 * GIB
 CONTEXT_MIN = 2048
 # The engine's largest default block; a sequence takes whole blocks, and one block is never handed out.
 BLOCK_TOKENS = 128
+BLOCK_TOKENS_GPU = 16
+# States that a linear-attention layer keeps of a sequence: the current one, and the one before it, from which
+# the prefix cache can go on.
+STATE_PAGES = 2
 # Head widths that the engine's CPU attention takes.
 CPU_HEAD_DIMS = frozenset({32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512})
 # One 32-bit scale for a block of 128 x 128 weights.
@@ -144,10 +148,32 @@ def sequence_bytes(demand: Demand, option: DeviceOption, tensor_parallel: int, t
     facts, element_bytes = demand.facts, demand.overrides.kv_element_bytes
     windowed = facts.window_elements_per_token * element_bytes
     full = facts.kv_elements_per_token * element_bytes - windowed
-    held = min(tokens, facts.window_tokens - 1 + _batch_tokens(demand, option)) if windowed else 0
-    return (full * tokens + windowed * held) * _copies(facts, tensor_parallel) + (
-        facts.state_bytes_per_sequence if tokens else 0
-    )
+    held = _held_tokens(demand, option, tokens) if windowed else 0
+    states = state_bytes_per_sequence(demand, option) if tokens else 0
+    return (full * tokens + windowed * held) * _copies(facts, tensor_parallel) + states
+
+
+def state_bytes_per_sequence(demand: Demand, option: DeviceOption) -> int:
+    """What linear-attention layers keep of a sequence: whole pages, as large as those of attention."""
+    facts = demand.facts
+    if not facts.state_layers:
+        return 0
+    # The engine makes a block so long that one layer's keys and values of it take up a state.
+    token_bytes = 2 * facts.kv_heads * facts.head_dim * demand.overrides.kv_element_bytes
+    block = _block_tokens(option)
+    page = -(-facts.state_bytes // (token_bytes * block)) * token_bytes * block
+    return facts.state_layers * STATE_PAGES * page
+
+
+def _block_tokens(option: DeviceOption) -> int:
+    return BLOCK_TOKENS if option.kind is DeviceKind.CPU else BLOCK_TOKENS_GPU
+
+
+def _held_tokens(demand: Demand, option: DeviceOption, tokens: int) -> int:
+    """Tokens that a windowed layer holds: the window and a step's, in whole blocks and one block more."""
+    block = _block_tokens(option)
+    held = min(tokens, demand.facts.window_tokens - 1 + _batch_tokens(demand, option))
+    return (-(-held // block) + 1) * block if held else 0
 
 
 def _batch_tokens(demand: Demand, option: DeviceOption) -> int:

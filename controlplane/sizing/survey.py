@@ -17,12 +17,13 @@ from controlplane.sizing.fit import (
     least_bytes,
     overhead_bytes,
     parallel_degrees,
+    state_bytes_per_sequence,
     usable_bytes,
     weights_bytes,
 )
 from controlplane.sizing.sentences import devices_text, fit_sentence, sum_text
 from controlplane.sizing.size import checked_demand, too_short
-from controlplane.sizing.structs import GpuModel, SizingRequest, SizingTerm
+from controlplane.sizing.structs import DeviceOption, GpuModel, SizingRequest, SizingTerm
 from controlplane.sizing.units import GIB, format_bytes
 from core.states import Quantization
 
@@ -161,7 +162,7 @@ def _fit_terms(demand: Demand, best: GpuFit) -> tuple[SizingTerm, ...]:
     if found.sequence_bytes:
         cache_text = (
             f"one sequence of {found.max_model_len} tokens, {found.kv_bytes_per_token} bytes a token"
-            f"{_cap_text(demand)}; {found.kv_tokens} tokens fit in all, "
+            f"{_cap_text(demand, found.option)}; {found.kv_tokens} tokens fit in all, "
             f"{found.kv_tokens / found.max_model_len:.1f} sequences at once"
         )
     return (
@@ -181,14 +182,15 @@ def _fit_terms(demand: Demand, best: GpuFit) -> tuple[SizingTerm, ...]:
     )
 
 
-def _cap_text(demand: Demand) -> str:
+def _cap_text(demand: Demand, option: DeviceOption) -> str:
     facts = demand.facts
     parts = []
     if facts.window_elements_per_token:
         share = facts.window_elements_per_token / facts.kv_elements_per_token
         parts.append(f"of which {share:.0%} for the last {facts.window_tokens} tokens only")
-    if facts.state_bytes_per_sequence:
-        parts.append(f"and {format_bytes(facts.state_bytes_per_sequence)} a sequence whatever its length")
+    if facts.state_layers:
+        states = format_bytes(state_bytes_per_sequence(demand, option))
+        parts.append(f"and {states} a sequence whatever its length")
     return "".join(f", {part}" for part in parts)
 
 

@@ -142,7 +142,8 @@ def test_tokens_left_agree_with_the_reference(
     request = SizingRequest(Engine.VLLM, facts(name), quantization=Quantization[quantization])
     (fit,) = [each for each in survey(request, [found]).fits if each.count == count]
     # The reference leaves the scales of fp8 blocks and a zero point's bits to rounding.
-    assert fit.fit.kv_tokens == pytest.approx(tokens, rel=0.001)
+    # It also leaves out the block that the engine adds to a sliding window.
+    assert fit.fit.kv_tokens == pytest.approx(tokens, rel=0.0011)
 
 
 @pytest.mark.parametrize(
@@ -203,13 +204,13 @@ def kept(name: str, tokens: int, device: DeviceOption) -> int:
 
 def test_sliding_windows_are_capped() -> None:
     assert facts("Gemma-2-9b").window_elements_per_token * 2 == facts("Gemma-2-9b").kv_elements_per_token
-    # Half the layers keep the window and one step's tokens, 2048 on this device.
-    assert kept("Gemma-2-9b", 8192, option(48)) == 172_032 * 8192 + 172_032 * (4095 + 2048)
+    # Half the layers keep the window and one step's 2048 tokens: 6143, in blocks and one more.
+    assert kept("Gemma-2-9b", 8192, option(48)) == 172_032 * 8192 + 172_032 * (6144 + 16)
     # A larger device computes 8192 tokens in a step: nothing is saved at this length. The A100 is excepted.
-    assert kept("Gemma-2-9b", 8192, option(80)) == 344_064 * 8192
+    assert kept("Gemma-2-9b", 8192, option(80)) == 172_032 * 8192 + 172_032 * (8192 + 16)
     assert kept("Gemma-2-9b", 8192, option(80, "A100-80")) == kept("Gemma-2-9b", 8192, option(48))
     # All layers of the first Mistral have one: long sequences cost no more than the window.
-    assert kept("Mistral-7B-v0.1", 32768, option(48)) == 131_072 * (4095 + 2048)
+    assert kept("Mistral-7B-v0.1", 32768, option(48)) == 131_072 * (6144 + 16)
     # Five of six layers of Gemma 3, with a narrow window.
     assert (
         facts("Gemma-3-1b").window_elements_per_token * 26 == facts("Gemma-3-1b").kv_elements_per_token * 22
@@ -220,11 +221,10 @@ def test_hybrid_models_keep_a_constant_state_a_sequence() -> None:
     hybrid = facts("Qwen3-Next-80B-A3B")
     # 12 of 48 layers attend; the others keep 32 heads of 128 x 128 in 32 bits and the convolution's inputs.
     assert hybrid.kv_bytes_per_token == 12 * 2 * 2 * 256 * 2
-    assert hybrid.state_bytes_per_sequence == 36 * (32 * 128 * 128 * 4 + 8192 * 3 * 2)
-    assert (
-        kept("Qwen3-Next-80B-A3B", 1000, option(80))
-        == 1000 * hybrid.kv_bytes_per_token + hybrid.state_bytes_per_sequence
-    )
+    assert (hybrid.state_layers, hybrid.state_bytes) == (36, 32 * 128 * 128 * 4 + 8192 * 3 * 2)
+    # Two pages a layer, in blocks of 16 tokens of 2 KiB: 1056 of them hold a state of 1048.
+    states = 36 * 2 * 1056 * 2048
+    assert kept("Qwen3-Next-80B-A3B", 1000, option(80)) == 1000 * hybrid.kv_bytes_per_token + states
 
 
 def test_broken_data_is_refused_by_name() -> None:
