@@ -111,8 +111,20 @@ async def _from_hub(model: str) -> ModelFacts:
         return await asyncio.to_thread(_from_cache, model, snapshot)
     if constants.HF_HUB_OFFLINE:
         raise _unavailable(model, "is switched off (HF_HUB_OFFLINE)")
-    raw = await _download(model)
-    return facts_from_config(_parse_json(model, _CONFIG, raw), weight_file_bytes=None)
+    raw = await _download(model, _CONFIG, limits.MODEL_CONFIG_BYTES_MAX)
+    facts = facts_from_config(_parse_json(model, _CONFIG, raw), weight_file_bytes=None)
+    return replace(facts, weight_file_bytes=await _hub_weight_bytes(model))
+
+
+async def _hub_weight_bytes(model: str) -> int | None:
+    """Sum of the weight files by the hub's index; None where there is none, as for a single file."""
+    try:
+        raw = await _download(model, _INDEX, limits.MODEL_INDEX_BYTES_MAX)
+        # An index may hold tens of thousands of names.
+        return _total_size(await asyncio.to_thread(_parse_json, model, _INDEX, raw))
+    except InvalidArgument as error:
+        _log.info("no index of the weights, sized by parameters", model=model, error=error.message[:200])
+        return None
 
 
 def _unavailable(model: str, why: str) -> InvalidArgument:
@@ -153,32 +165,30 @@ def _snapshot_weight_bytes(model: str, config: Path) -> int | None:
         return None
 
 
-async def _download(model: str) -> bytes:
-    """Fetches the configuration; by itself, since the hub's own client waits and retries in threads."""
+async def _download(model: str, file: str, bytes_max: int) -> bytes:
+    """Fetches a small file; by itself, since the hub's own client waits and retries in threads."""
     token = get_token()
     headers = {"Authorization": f"Bearer {token}"} if token else {}
     timeout = aiohttp.ClientTimeout(total=limits.HUB_TIMEOUT_SECONDS)
     try:
         async with (
             aiohttp.ClientSession(timeout=timeout, headers=headers, trust_env=True) as session,
-            session.get(hf_hub_url(model, _CONFIG)) as answer,
+            session.get(hf_hub_url(model, file)) as answer,
         ):
             if answer.status in {401, 403, 404}:
                 raise _unavailable(model, f"does not know it or does not give it out (HTTP {answer.status})")
             if answer.status != 200:
                 raise _unavailable(model, f"answered HTTP {answer.status}")
-            raw = b""
+            raw = bytearray()
             async for chunk in answer.content.iter_chunked(64 * 1024):
                 raw += chunk
-                if len(raw) > limits.MODEL_CONFIG_BYTES_MAX:
-                    raise _unavailable(
-                        model, f"serves a {_CONFIG} beyond {limits.MODEL_CONFIG_BYTES_MAX} bytes"
-                    )
-            return raw
+                if len(raw) > bytes_max:
+                    raise _unavailable(model, f"serves a {file} beyond {bytes_max} bytes")
+            return bytes(raw)
     except TimeoutError as error:
         raise _unavailable(model, f"did not answer within {limits.HUB_TIMEOUT_SECONDS:g} s") from error
     except (aiohttp.ClientError, OSError) as error:
-        _log.info("hub could not serve a configuration", model=model, error=repr(error)[:200])
+        _log.info("hub could not serve a file", model=model, file=file, error=repr(error)[:200])
         raise _unavailable(model, "cannot be reached") from error
 
 
@@ -206,9 +216,8 @@ def _weight_bytes(model: str, directory: Path) -> int | None:
     """Sum of the weight files: by the index's own total, else by the files; None where there are none."""
     index = directory / _INDEX
     if index.is_file():
-        metadata = _read_json(model, index, limits.MODEL_INDEX_BYTES_MAX).get("metadata")
-        total = metadata.get("total_size") if isinstance(metadata, dict) else None
-        if isinstance(total, int) and not isinstance(total, bool) and 0 < total < 1 << 50:
+        total = _total_size(_read_json(model, index, limits.MODEL_INDEX_BYTES_MAX))
+        if total is not None:
             return total
     total_bytes = 0
     with os.scandir(directory) as entries:
@@ -218,3 +227,11 @@ def _weight_bytes(model: str, directory: Path) -> int | None:
             if entry.name.endswith(".safetensors") and entry.is_file():
                 total_bytes += entry.stat().st_size
     return total_bytes or None
+
+
+def _total_size(index: Mapping[str, object]) -> int | None:
+    """The total that an index of weights names; None where it names none that can be meant."""
+    metadata = index.get("metadata")
+    total = metadata.get("total_size") if isinstance(metadata, dict) else None
+    sane = isinstance(total, int) and not isinstance(total, bool) and 0 < total < 1 << 50
+    return total if sane else None

@@ -94,25 +94,27 @@ async def hub(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[TestServer]:
     released = asyncio.Event()
 
     async def answer(request: web.Request) -> web.StreamResponse:
-        match request.match_info["name"]:
-            case "tiny":
+        match request.match_info["name"], request.match_info["file"]:
+            case "indexed", "model.safetensors.index.json":
+                return web.json_response({"metadata": {"total_size": 4321}})
+            case "tiny" | "indexed", "config.json":
                 return web.json_response(TINY_CONFIG)
-            case "large":
+            case "large", _:
                 return web.Response(text=" " * (limits.MODEL_CONFIG_BYTES_MAX + 1))
-            case "slow":
+            case "slow", _:
                 await released.wait()
             case _:
                 pass
         raise web.HTTPNotFound
 
     app = web.Application()
-    app.router.add_get("/{name}", answer)
+    app.router.add_get("/{name}/{file}", answer)
     server = TestServer(app)
     await server.start_server()
     base = server.make_url("/")
 
-    def url(model: str, _file: str) -> str:
-        return str(base / model.rpartition("/")[2])
+    def url(model: str, file: str) -> str:
+        return str(base / model.rpartition("/")[2] / file)
 
     monkeypatch.setattr(models, "hf_hub_url", url)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
@@ -123,7 +125,12 @@ async def hub(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[TestServer]:
 
 
 async def test_hub_id_from_the_hub(hub: TestServer) -> None:
-    assert (await FileModelSource().facts("millrace-tests/tiny")).max_positions == 2048
+    facts = await FileModelSource().facts("millrace-tests/tiny")
+    assert (facts.max_positions, facts.weight_file_bytes) == (2048, None)
+
+
+async def test_the_hubs_index_tells_the_size(hub: TestServer) -> None:
+    assert (await FileModelSource().facts("millrace-tests/indexed")).weight_file_bytes == 4321
 
 
 @pytest.mark.parametrize(
