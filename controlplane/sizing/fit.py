@@ -156,10 +156,10 @@ def sequence_bytes(demand: Demand, option: DeviceOption, tensor_parallel: int, t
 def state_bytes_per_sequence(demand: Demand, option: DeviceOption) -> int:
     """What linear-attention layers keep of a sequence: whole pages, as large as those of attention."""
     facts = demand.facts
-    if not facts.state_layers:
-        return 0
-    # The engine makes a block so long that one layer's keys and values of it take up a state.
     token_bytes = 2 * facts.kv_heads * facts.head_dim * demand.overrides.kv_element_bytes
+    if not facts.state_layers or not token_bytes:
+        return facts.state_layers * STATE_PAGES * facts.state_bytes
+    # The engine makes a block so long that one layer's keys and values of it take up a state.
     block = _block_tokens(option)
     page = -(-facts.state_bytes // (token_bytes * block)) * token_bytes * block
     return facts.state_layers * STATE_PAGES * page

@@ -28,6 +28,7 @@ Declare a model, and talk to it:
 
 \b
   millrace up                             start a whole Millrace on this machine
+  millrace size Qwen/Qwen2.5-7B-Instruct  see what a model needs; no cluster is asked
   millrace apply -f qwen.json --wait      declare a model and wait until it answers
   millrace chat qwen -m "Hello"           talk to it
   millrace describe qwen                  see what it needs, where it runs, and why
