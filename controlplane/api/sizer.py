@@ -42,6 +42,7 @@ class Sizer:
             facts: ModelFacts | None = None
             if spec.engine == types_pb2.ENGINE_VLLM:
                 facts = await self._models.facts(spec.model)
+                _require_quantized_files(spec, facts)
             request = SizingRequest(
                 engine=Engine(spec.engine),
                 facts=facts,
@@ -89,6 +90,24 @@ class Sizer:
         """As sentences write it; the driver's own string where the knowledge base does not have it."""
         gpu = self._knowledge.gpu(product) if product else None
         return gpu.short_name if gpu is not None else product
+
+
+def _require_quantized_files(spec: deployment_pb2.DeploymentSpec, facts: ModelFacts) -> None:
+    """Refuses AWQ and GPTQ for a directory whose files are neither: an engine cannot make them on loading.
+
+    A known id may stand for its quantized repository, so that only directories can be judged here.
+
+    Raises:
+        InvalidArgument: Field `quantization`.
+    """
+    asked = Quantization(spec.quantization)
+    made_beforehand = asked in {Quantization.AWQ, Quantization.GPTQ}
+    if made_beforehand and spec.model.startswith("/") and facts.quantization is Quantization.NONE:
+        raise InvalidArgument.of(
+            "quantization",
+            f"the files in `{spec.model}` are not quantized, and {asked.name.lower()} is made beforehand: "
+            f"give the directory of an {asked.name} checkpoint, or leave quantization out",
+        )
 
 
 def _options(

@@ -9,8 +9,9 @@ from controlplane.api import models
 from controlplane.api.models import FileModelSource
 from controlplane.api.sizer import Sizer
 from controlplane.knowledge import load_knowledge
-from core.errors import FailedPrecondition
+from core.errors import FailedPrecondition, InvalidArgument
 from core.store import Put, keys
+from deploy.local.options import BUNDLED_MODEL
 from tests.support.api_harness import ApiHarness, running_api
 
 
@@ -70,3 +71,13 @@ async def test_deepseek_is_refused_with_the_numbers() -> None:
         sizer = Sizer(harness.view, FileModelSource(knowledge), knowledge)
         with pytest.raises(FailedPrecondition, match=r"models\[0\]\.model.*626\.8 GiB"):
             await sizer.size(spec("deepseek-ai/DeepSeek-V3", types_pb2.QUANTIZATION_FP8), "models[0].")
+
+
+async def test_a_directory_without_quantized_files_is_not_taken_for_awq() -> None:
+    knowledge = load_knowledge()
+    async with running_api() as harness:
+        sizer = Sizer(harness.view, FileModelSource(knowledge), knowledge)
+        with pytest.raises(InvalidArgument) as refused:
+            await sizer.size(spec(str(BUNDLED_MODEL), types_pb2.QUANTIZATION_AWQ), "models[0].")
+    assert refused.value.violations[0].field == "models[0].quantization"
+    assert "leave quantization out" in refused.value.message
