@@ -127,38 +127,15 @@ async def serve(
     url = public_url(settings, listener.getsockname()[1])
     drained = asyncio.Event()
 
-    async def accept_when_informed() -> None:
-        # Whoever connects earlier waits in the socket's queue or goes to another worker, instead of being
-        # told that this one knows nothing yet.
-        await router.wait_view(START_VIEW_SECONDS)
-        if not stop.is_set():
-            await site.start()
-            _log.info("router listens", url=url, strategy=strategy.name)
-        await asyncio.Event().wait()
-
-    async def drain_when_stopped() -> None:
-        await stop.wait()
-        if site in runner.sites:
-            await site.stop()
-        # A request that has just been accepted is counted before the idle connections are closed.
-        await asyncio.sleep(0)
-        if runner.server is not None:
-            runner.server.pre_shutdown()
-        _log.info("router stops accepting", in_flight=router.in_flight)
-        # The view goes on meanwhile: what is in flight may still have to fail over.
-        if not await router.wait_idle(settings.drain_seconds):
-            _log.warning("drain period is over, requests are cut off", in_flight=router.in_flight)
-        await runner.cleanup()
-        drained.set()
-        await asyncio.Event().wait()
-
     try:
         await run_services(
             {
                 **router.services(),
                 "presence": announce(store, clock, router_id=new_router_id(), url=url),
-                "accept": accept_when_informed(),
-                "drain": drain_when_stopped(),
+                "accept": _accept(router, site, stop=stop, url=url, strategy=strategy.name),
+                "drain": _drain(
+                    router, runner, site, stop=stop, drained=drained, seconds=settings.drain_seconds
+                ),
             },
             stop=drained,
         )
@@ -167,3 +144,44 @@ async def serve(
         await router.close()
         await store.close()
     _log.info("router stopped")
+
+
+async def _accept(
+    router: RouterApplication, site: web.SockSite, *, stop: asyncio.Event, url: str, strategy: str
+) -> None:
+    """Begins to accept once there is a view.
+
+    Whoever connects earlier waits in the socket's queue or goes to another worker, instead of being told
+    that this one knows nothing yet.
+    """
+    await router.wait_view(START_VIEW_SECONDS)
+    if not stop.is_set():
+        await site.start()
+        _log.info("router listens", url=url, strategy=strategy)
+    await asyncio.Event().wait()
+
+
+async def _drain(
+    router: RouterApplication,
+    runner: web.AppRunner,
+    site: web.SockSite,
+    *,
+    stop: asyncio.Event,
+    drained: asyncio.Event,
+    seconds: float,
+) -> None:
+    """Stops accepting when told to, lets requests in flight end, then sets `drained`."""
+    await stop.wait()
+    if site in runner.sites:
+        await site.stop()
+    # A request that has just been accepted is counted before the idle connections are closed.
+    await asyncio.sleep(0)
+    if runner.server is not None:
+        runner.server.pre_shutdown()
+    _log.info("router stops accepting", in_flight=router.in_flight)
+    # The view goes on meanwhile: what is in flight may still have to fail over.
+    if not await router.wait_idle(seconds):
+        _log.warning("drain period is over, requests are cut off", in_flight=router.in_flight)
+    await runner.cleanup()
+    drained.set()
+    await asyncio.Event().wait()

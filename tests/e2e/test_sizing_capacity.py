@@ -23,7 +23,7 @@ from controlplane.sizing.fit import fit
 from controlplane.sizing.size import checked_demand
 from core.states import DeviceKind, Engine
 from deploy.local.engine_environment import default_engines_directory, environment_name
-from tests.support.stack import free_ports
+from tests.support.ports import free_ports
 
 CACHE_BYTES = 256 << 20
 START_SECONDS = 240.0
