@@ -27,7 +27,7 @@ ETCD_PORT ?= 2389
 ROUTER_WORKERS ?= 1
 ENGINE ?= vllm
 
-.PHONY: help up down test test-unit test-integration test-e2e lint type gen fmt bench clean sync
+.PHONY: help up down test test-unit test-integration test-e2e lint type gen fmt bench bench-router clean sync
 
 help: ## Show this help
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
@@ -72,6 +72,15 @@ test-e2e: $(STAMP) ## End to end on real vLLM
 
 bench: $(STAMP) ## Measure: declaration to ready, fail-over
 	@$(BIN)/python -m tests.bench
+
+# A trace in Mooncake's format, for instance TRACE=mooncake-conversation.jsonl; without it the loads are generated.
+TRACE ?=
+bench-router: $(STAMP) ## Compare picking strategies in virtual time (TRACE=FILE), and measure the prefix index
+	@if [ -n "$(TRACE)" ]; then for rate in 45 60; do for routers in 1 2; do \
+		$(BIN)/python -m tests.bench.router_trace --trace "$(TRACE)" --rate $$rate --routers $$routers; done; done; fi
+	@for load in one-prefix shared-prefix multi-turn random; do \
+		$(BIN)/python -m tests.bench.router_trace --load $$load; done
+	@$(BIN)/python -m tests.bench.prefix_index
 
 $(BUF):
 	@command -v npm >/dev/null || { echo "buf needs node and npm, and npm is not on PATH: install nodejs and npm, then run this again"; exit 1; }

@@ -21,6 +21,7 @@ from router.openai.body import ParsedBody, rename_model
 from router.openai.errors import Reason
 from router.picking.contract import Candidate, RequestContext, Strategy
 from router.picking.eligibility import eligible
+from router.picking.selector import Selector
 from router.record import CLIENT_CLOSED_REQUEST, RequestRecord
 from router.upstream.budget import RetryBudget
 from router.upstream.failures import AttemptFailed, Cause, Owner
@@ -79,6 +80,7 @@ class Director:
     Attributes:
         loads: Requests in flight by replica.
         health: Which endpoints are left alone.
+        selector: Picks among the others.
         budget: Of retries.
     """
 
@@ -98,7 +100,7 @@ class Director:
         self.health = EndpointHealth(clock)
         self.budget = RetryBudget(clock)
         self._source = source
-        self._strategy = strategy
+        self.selector = Selector(strategy, loads=loads, samples=source.samples)
         self._forwarder = forwarder
         self._timeouts = timeouts
         self._metrics = metrics
@@ -110,6 +112,7 @@ class Director:
     def _view_changed(self, view: View) -> None:
         self.health.retain(view.endpoints)
         self.loads.retain({endpoint.replica for endpoint in view.endpoints})
+        self.selector.retain(view.endpoints)
         self._metrics.view_changed(view)
 
     def authenticate(self, authorization: str | None, record: RequestRecord) -> Tenant:
@@ -177,7 +180,7 @@ class Director:
                     raise errors.retry_budget_exhausted(call.parsed.model, failure.cause.value)
                 self._metrics.retried(failure.cause)
             try:
-                return await self._attempt(call, candidate.endpoint)
+                return await self._attempt(call, candidate)
             except AttemptFailed as error:
                 failure = error
                 self._failed(call, candidate.endpoint, error)
@@ -194,18 +197,7 @@ class Director:
             is_ejected=self.health.is_ejected,
             last_failure_seconds=self.health.last_failure_seconds,
         )
-        samples = self._source.samples
-        return self._strategy.select(
-            call.context,
-            [
-                Candidate(
-                    endpoint=each,
-                    sample=samples.fresh(each.replica, each.incarnation),
-                    in_flight=self.loads.in_flight(each.replica),
-                )
-                for each in usable
-            ],
-        )
+        return self.selector.choose(call.context, usable)
 
     async def _await_fresh(self, call: Call) -> Candidate | None:
         if call.deadline_seconds is None:
@@ -218,8 +210,8 @@ class Director:
                 return candidate
             await self._source.wait_changed(version, remaining)
 
-    async def _attempt(self, call: Call, endpoint: Endpoint) -> web.StreamResponse:
-        record = call.record
+    async def _attempt(self, call: Call, candidate: Candidate) -> web.StreamResponse:
+        endpoint, record = candidate.endpoint, call.record
         record.endpoint, record.node = endpoint.replica, endpoint.node
         call.tried.add(endpoint.identity)
         call.attempts += 1
@@ -228,10 +220,11 @@ class Director:
         headers = request_headers(
             call.request.headers, request_id=record.request_id, trace_parent=record.trace_parent
         )
-        with self.loads.hold(endpoint.replica):
+        with self.selector.send(call.context, candidate) as flight:
             async with self._forwarder.attempt(
                 endpoint, call.request.path_qs, body=body, headers=headers, stream=call.parsed.stream
             ) as answer:
+                flight.first_byte()
                 record.first_byte_seconds = self._clock.monotonic() - record.started_seconds
                 record.status = answer.status
                 if answer.status >= 400:

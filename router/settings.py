@@ -36,8 +36,9 @@ class RouterSettings(LogOptions, EtcdOptions):
         "", description="Base URL that clients use, without /v1; default: http://HOST:PORT."
     )
     strategy: str = Field(
-        "least-pending",
-        description="Picking plug-ins, separated by commas; built in: least-pending, round-robin.",
+        "default",
+        description="Picking plug-ins, separated by commas, a scorer's with a weight where wanted "
+        "(prefix=3,kv=2,load=2), or `default`: prefix, KV and load in one cost.",
     )
     connect_timeout_seconds: Seconds = Field(
         2.0, description="Until a connection to an engine stands; engines are near, so longer means trouble."

@@ -6,8 +6,8 @@ Everything else in the body is the engine's business and goes on byte for byte.
 
 import json
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import orjson
@@ -22,10 +22,12 @@ class ParsedBody:
     Attributes:
         model: As the client named it.
         stream: True when the client asked for a stream.
+        document: The whole body as parsed, for the one reading of its prompt.
     """
 
     model: str
     stream: bool
+    document: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
 
 def parse_body(body: bytes) -> ParsedBody:
@@ -48,7 +50,7 @@ def parse_body(body: bytes) -> ParsedBody:
     stream = document.get("stream")
     if stream is not None and not isinstance(stream, bool):
         raise errors.parameter_invalid("stream", "a boolean")
-    return ParsedBody(model=model, stream=bool(stream))
+    return ParsedBody(model=model, stream=bool(stream), document=document)
 
 
 _SPACE = re.compile(r"[ \t\n\r]*")

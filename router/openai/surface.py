@@ -12,13 +12,14 @@ from aiohttp import hdrs, web
 
 from router.director import Call, Director
 from router.openai import errors
-from router.openai.body import parse_body
+from router.openai.body import ParsedBody, parse_body
 from router.openai.errors import Reason, Refusal
 from router.picking.contract import RequestContext
 from router.record import RECORD
 from router.view.view import Deployment
 
 INFERENCE_ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings")
+SESSION_HEADER = "x-session-id"
 MODELS_ROUTE = "/v1/models"
 MODEL_ROUTE = "/v1/models/{model}"
 
@@ -66,6 +67,13 @@ class OpenAISurface:
                 model=parsed.model,
                 stream=parsed.stream,
                 body=body,
+                prompt=self._director.selector.read_prompt(
+                    parsed.document,
+                    deployment.endpoints,
+                    namespace=deployment.namespace,
+                    deployment=deployment.name,
+                ),
+                session=_session(request, parsed),
             )
             return await self._director.forward(
                 Call(request=request, record=record, context=context, parsed=parsed)
@@ -102,6 +110,15 @@ class OpenAISurface:
         except TimeoutError as error:
             raise errors.body_timeout(self._body_timeout_seconds) from error
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+
+def _session(request: web.Request, parsed: ParsedBody) -> str:
+    """Returns what the client calls its session; empty for none."""
+    named = request.headers.get(SESSION_HEADER)
+    if named:
+        return named
+    user = parsed.document.get("user")
+    return user if isinstance(user, str) else ""
 
 
 def _model(deployment: Deployment) -> dict[str, Any]:

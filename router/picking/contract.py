@@ -6,9 +6,10 @@ grows without a bound. What may be used at all (state, ejection, attempts) is de
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
+from router.prefix.prompt import Prompt
 from router.view.samples import Sample
 from router.view.view import Endpoint
 
@@ -25,6 +26,9 @@ class RequestContext:
         model: As the client named it.
         stream: True when the client asked for a stream.
         body: As it came; plug-ins read and never change it.
+        prompt: Its length and hash chain; empty unless the strategy reads prompts.
+        session: What the client calls its session; empty for none.
+        adapter: LoRA adapter that it needs; empty for none.
     """
 
     request_id: str
@@ -34,6 +38,9 @@ class RequestContext:
     model: str
     stream: bool
     body: bytes
+    prompt: Prompt = field(default_factory=Prompt)
+    session: str = ""
+    adapter: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,11 +51,18 @@ class Candidate:
         endpoint: Where it is.
         sample: Latest fresh sample of its engine; None is unknown.
         in_flight: Requests that this process has there now.
+        cached_tokens: Leading tokens of this prompt that the engine has probably cached.
+        pending_prefill_tokens: Uncached prompt tokens that this process has sent there and that have not
+            brought a first byte yet.
+        alike_in_flight: Those of `in_flight` whose prompts begin like this one (`prefix_key`).
     """
 
     endpoint: Endpoint
     sample: Sample | None
     in_flight: int
+    cached_tokens: int = 0
+    pending_prefill_tokens: int = 0
+    alike_in_flight: int = 0
 
 
 @runtime_checkable
@@ -81,20 +95,31 @@ class Picker(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class WeightedScorer:
+    """A scorer and how much it counts."""
+
+    scorer: Scorer
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
 class Strategy:
     """Filters, then scorers, then exactly one picker.
 
     Attributes:
         name: As configured.
         filters: Applied in order.
-        scorers: Their scores are added.
+        scorers: Their scores are added, each times its weight.
         picker: Has the last word.
+        reads_prompt: True when one of the plug-ins says `reads_prompt = True`; without it no prompt is
+            hashed and `cached_tokens` is 0.
     """
 
     name: str
     filters: tuple[Filter, ...]
-    scorers: tuple[Scorer, ...]
+    scorers: tuple[WeightedScorer, ...]
     picker: Picker
+    reads_prompt: bool = False
 
     def select(self, request: RequestContext, candidates: Sequence[Candidate]) -> Candidate | None:
         """Chooses a candidate; None when there is none or the filters left none."""
@@ -102,13 +127,9 @@ class Strategy:
             candidates = each.keep(request, candidates)
         if not candidates:
             return None
-        if len(candidates) == 1:
-            scores = [0.0]
-        else:
-            scores = [0.0] * len(candidates)
-            for scorer in self.scorers:
-                scores = [
-                    total + score
-                    for total, score in zip(scores, scorer.score(request, candidates), strict=True)
-                ]
+        scores = [0.0] * len(candidates)
+        if len(candidates) > 1:
+            for weighted in self.scorers:
+                found = weighted.scorer.score(request, candidates)
+                scores = [total + weighted.weight * score for total, score in zip(scores, found, strict=True)]
         return self.picker.pick(request, candidates, scores)

@@ -16,6 +16,7 @@ terms are zero for all and our own count decides. Equal scores take turns (`High
 from collections.abc import Sequence
 
 from router.picking.contract import Candidate, RequestContext
+from router.picking.pending import pending_requests
 
 
 class LeastPending:
@@ -24,10 +25,4 @@ class LeastPending:
     def score(self, request: RequestContext, candidates: Sequence[Candidate]) -> Sequence[float]:
         """Returns `1 / (1 + pending)` for each candidate."""
         del request
-        others = [None if each.sample is None else each.sample.others_in_flight for each in candidates]
-        known = [each for each in others if each is not None]
-        neutral = sum(known) / len(known) if known else 0.0
-        return [
-            1.0 / (1.0 + (each.in_flight + (neutral if other is None else other)) / each.endpoint.weight)
-            for each, other in zip(candidates, others, strict=True)
-        ]
+        return [1.0 / (1.0 + pending) for pending in pending_requests(candidates)]

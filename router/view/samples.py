@@ -29,6 +29,13 @@ class Sample:
         kv_usage_ratio: Share of the key/value cache in use, 0 to 1.
         own_in_flight: Most requests that this process had there at once since the sample before: the
             part of the engine's count that is ours.
+        kv_cache_tokens: Size of the key/value cache, tokens.
+        kv_block_tokens: Tokens of one block of it.
+        device_utilization_ratio: Share of time that its devices are in use, 0 to 1. The store does not
+            bring device samples to routers yet, so this is unknown.
+        adapters: LoRA adapters that are loaded; unknown until engines' samples tell them.
+        adapters_waiting: LoRA adapters that requests in the engine's queue wait for.
+        adapters_max: How many may be loaded at once.
     """
 
     incarnation: str
@@ -37,6 +44,12 @@ class Sample:
     waiting_requests: int | None
     kv_usage_ratio: float | None
     own_in_flight: int
+    kv_cache_tokens: int | None = None
+    kv_block_tokens: int | None = None
+    device_utilization_ratio: float | None = None
+    adapters: frozenset[str] | None = None
+    adapters_waiting: frozenset[str] | None = None
+    adapters_max: int | None = None
 
     @property
     def others_in_flight(self) -> int | None:
@@ -69,6 +82,9 @@ class SampleTable:
             waiting_requests=stats.waiting_requests if stats.HasField("waiting_requests") else None,
             kv_usage_ratio=stats.kv_usage_ratio if stats.HasField("kv_usage_ratio") else None,
             own_in_flight=own_in_flight,
+            # A size of nothing is a size that was not told.
+            kv_cache_tokens=stats.kv_cache_tokens or None,
+            kv_block_tokens=stats.kv_block_tokens or None,
         )
 
     def fresh(self, replica: str, incarnation: str) -> Sample | None:
@@ -77,6 +93,11 @@ class SampleTable:
         if sample is None or sample.incarnation != incarnation:
             return None
         return None if self._clock.monotonic() - sample.taken_seconds > STALE_SECONDS else sample
+
+    def latest(self, replica: str, incarnation: str) -> Sample | None:
+        """Returns the sample of an engine run whatever its age: for what never changes, such as sizes."""
+        sample = self._samples.get(replica)
+        return None if sample is None or sample.incarnation != incarnation else sample
 
     def age_seconds(self, replica: str) -> float | None:
         """Returns how old the latest sample of a replica is; None without one."""

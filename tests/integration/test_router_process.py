@@ -80,7 +80,7 @@ async def listening(it: RouterProcess, workers: int = 1) -> None:
 
 async def test_wrong_options_exit_2_with_one_line() -> None:
     for arguments, expected in (
-        (["--strategy", "guess"], "--strategy: `guess` is not known; known: least-pending, round-robin"),
+        (["--strategy", "guess"], "--strategy: `guess` is not known; known: default, full-cache-guard, "),
         (["--port", "70000"], "--port: "),
         (["--etcd-endpoints", "http://x"], "is not host:port"),
         (["--admin-token-file", "/nonexistent/token"], "/nonexistent/token"),

@@ -1,0 +1,53 @@
+"""What routing knows of a prompt: its length and its hash chain.
+
+In come a parsed body, the root of its tenant and the engines' block size, out comes a `Prompt`. Pure.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from router.prefix.canonical import canonical_prompt
+from router.prefix.chain import BYTES_PER_TOKEN, DEFAULT_BLOCK_TOKENS, hash_chain, root_hash
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A prompt as routing sees it.
+
+    Attributes:
+        tokens: Its length, about.
+        block_tokens: Tokens that one hash adds.
+        chain: Hashes of its full blocks, each with all before it.
+    """
+
+    tokens: int = 0
+    block_tokens: int = DEFAULT_BLOCK_TOKENS
+    chain: Sequence[int] = ()
+
+
+def read_prompt(
+    document: Mapping[str, Any],
+    *,
+    namespace: str,
+    deployment: str,
+    adapter: str = "",
+    block_tokens: int = DEFAULT_BLOCK_TOKENS,
+) -> Prompt:
+    """Reads the prompt of a request.
+
+    Args:
+        document: Parsed body; its `cache_salt` isolates the prompt as it does in the engine.
+        namespace: Tenant.
+        deployment: Where it goes.
+        adapter: LoRA adapter; empty for none.
+        block_tokens: Tokens of one block of the engines.
+    """
+    text = canonical_prompt(document)
+    salt = document.get("cache_salt")
+    root = root_hash(namespace, deployment, adapter=adapter, salt=salt if isinstance(salt, str) else "")
+    return Prompt(
+        tokens=-(-len(text) // BYTES_PER_TOKEN),
+        block_tokens=block_tokens,
+        chain=hash_chain(root, text, block_tokens * BYTES_PER_TOKEN),
+    )
