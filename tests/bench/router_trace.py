@@ -28,11 +28,12 @@ from nodeagent.engines.simulator.engine_model import EngineModel, SequenceReques
 from nodeagent.engines.simulator.engine_model import Sequence as EngineSequence
 from nodeagent.engines.simulator.settings import EngineLimits, StepTiming
 from router.picking.contract import RequestContext
-from router.picking.registry import build_strategy
+from router.picking.registry import build_strategy, installed_plugins
 from router.picking.selector import Flight, Selector
 from router.upstream.loads import LoadTable
 from router.view.samples import SampleTable
 from router.view.view import Endpoint, EndpointState
+from tests.bench.published_policies import POLICIES
 
 SEED = 20_240_817
 BLOCK_TOKENS = 16
@@ -249,7 +250,7 @@ class Simulation:
             _Engine(
                 EngineModel(
                     EngineLimits(
-                        max_model_length_tokens=MODEL_LENGTH_TOKENS,
+                        max_model_length_tokens=min(MODEL_LENGTH_TOKENS, (blocks - 1) * BLOCK_TOKENS),
                         block_size_tokens=BLOCK_TOKENS,
                         block_count=blocks,
                     ),
@@ -267,7 +268,8 @@ class Simulation:
         self._routers = []
         for _ in range(routers):
             loads, samples = LoadTable(), SampleTable(self._clock)
-            selector = Selector(build_strategy(strategy), loads=loads, samples=samples)
+            built = build_strategy(strategy, {**installed_plugins(), **POLICIES})
+            selector = Selector(built, loads=loads, samples=samples)
             self._routers.append(_Router(selector, loads, samples))
         self._result = Result(strategy, tokens_at=[0] * engines)
         self._left = 0
@@ -372,8 +374,9 @@ def row(result: Result, ideal: float) -> str:
     """Renders a result."""
     first = [percentile(result.first_token, share) * 1000 for share in (0.5, 0.9, 0.99)]
     whole = [percentile(result.end_to_end, share) * 1000 for share in (0.5, 0.9, 0.99)]
+    of_ideal = f"{result.hit_rate / ideal:.2f}" if ideal else "-"
     return (
-        f"| {result.strategy} | {result.hit_rate:.3f} | {result.hit_rate / ideal:.2f} "
+        f"| {result.strategy} | {result.hit_rate:.3f} | {of_ideal} "
         f"| {first[0]:.0f} / {first[1]:.0f} / {first[2]:.0f} "
         f"| {whole[0]:.0f} / {whole[1]:.0f} / {whole[2]:.0f} | {result.spread:.2f} |"
     )
@@ -387,6 +390,7 @@ STRATEGIES = (
     "least-kv-cache",
     "prefix-aware",
     "prefix=3,kv=2,load=2",
+    *POLICIES,
     "default",
 )
 
