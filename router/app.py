@@ -134,8 +134,13 @@ class RouterApplication:
 
     async def _watch_age(self) -> None:
         while True:
-            self.metrics.view_aged(self.source.age_seconds())
+            self._measure()
             await asyncio.sleep(_AGE_SECONDS)
+
+    def _measure(self) -> None:
+        index = self.director.selector.index
+        self.metrics.view_aged(self.source.age_seconds())
+        self.metrics.index_measured(len(index), index.estimated_bytes)
 
     @web.middleware
     async def _account(self, request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -212,7 +217,7 @@ class RouterApplication:
         )
 
     async def _metrics_page(self, _request: web.Request) -> web.StreamResponse:
-        self.metrics.view_aged(self.source.age_seconds())
+        self._measure()
         page, content_type = self.metrics.page()
         return web.Response(body=page, headers={hdrs.CONTENT_TYPE: content_type})
 
@@ -238,6 +243,8 @@ class RouterApplication:
                 "url": each.url,
                 "state": each.state.name,
                 "in_flight": self.director.loads.in_flight(each.replica),
+                "pending_prefill_tokens": self.director.selector.ledger.pending_tokens(each.replica),
+                "prefix_blocks": self.director.selector.index.blocks_at(each.identity),
                 "ejected": self.director.health.is_ejected(each),
                 "sample_age_seconds": samples.age_seconds(each.replica),
             }

@@ -80,12 +80,23 @@ class RouterMetrics:
             registry=self._registry,
             multiprocess_mode="livemax",
         )
+        self._index_blocks = self._sum(
+            "millrace_router_prefix_index_blocks",
+            "Blocks in the prefix index, each counted once for every endpoint that probably holds it.",
+        )
+        self._index_bytes = self._sum(
+            "millrace_router_prefix_index_bytes", "Memory of the prefix index, estimated."
+        )
         # Series exist from the start: an alert on a rate must not miss the first event.
         for cause in Cause:
             self._retries.labels(cause.value)
         for owner in Owner:
             self._upstream_errors.labels(owner.value)
         self.view_changed(View())
+
+    def _sum(self, name: str, text: str) -> Gauge:
+        """Makes a gauge that is added up over the workers."""
+        return Gauge(name, text, registry=self._registry, multiprocess_mode="livesum")
 
     def request_started(self) -> None:
         """Counts a request in."""
@@ -132,6 +143,11 @@ class RouterMetrics:
     def view_aged(self, age_seconds: float) -> None:
         """Takes the age of the view."""
         self._view_age.set(age_seconds)
+
+    def index_measured(self, blocks: int, size_bytes: int) -> None:
+        """Takes the size of the prefix index."""
+        self._index_blocks.set(blocks)
+        self._index_bytes.set(size_bytes)
 
     def page(self) -> tuple[bytes, str]:
         """Returns the text page of all workers, and its content type."""

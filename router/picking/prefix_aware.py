@@ -4,7 +4,7 @@ Formula, for each candidate:
 
     hit   = cached_tokens / prompt_tokens
     score = hit                                      where any candidate has a hit
-    score = 1 for the first in rendezvous order of the prompt's key, else 0     where none has
+    score = 0.1 for the first in rendezvous order of the prompt's key, else 0   where none has
 
 The key is the chain's hash after at most 16 blocks, so that every router and worker sends the same new
 prefix to the same place. Use it behind `hot-spot-guard`: by itself it piles a common prefix on one engine.
@@ -14,6 +14,9 @@ from collections.abc import Sequence
 
 from router.picking.contract import Candidate, RequestContext
 from router.prefix.rendezvous import preference
+
+# Decides alone, and gives way to load in a weighted sum.
+COLD = 0.1
 
 
 class PrefixAware:
@@ -28,4 +31,4 @@ class PrefixAware:
         if any(each.cached_tokens for each in candidates):
             return [min(1.0, each.cached_tokens / tokens) for each in candidates]
         order = preference(request.prompt.chain, [each.endpoint.replica for each in candidates])
-        return [1.0 if order and at == order[0] else 0.0 for at in range(len(candidates))]
+        return [COLD if order and at == order[0] else 0.0 for at in range(len(candidates))]

@@ -125,8 +125,8 @@ def test_a_cold_prefix_goes_to_the_same_endpoint_from_every_router() -> None:
     for key in range(50):
         cold = request(tokens=100, chain=(key, key + 1))
         first, second = (PrefixAware().score(cold, each) for each in (candidates, candidates[::-1]))
-        assert sum(first) == 1.0
-        assert first.index(1.0) == len(candidates) - 1 - second.index(1.0)
+        assert sum(first) == 0.1
+        assert first.index(0.1) == len(candidates) - 1 - second.index(0.1)
 
 
 def test_session_affinity_keeps_sessions() -> None:
