@@ -220,7 +220,7 @@ class Director:
         headers = request_headers(
             call.request.headers, request_id=record.request_id, trace_parent=record.trace_parent
         )
-        with self.selector.send(call.context, candidate) as flight:
+        with self.health.probe(endpoint), self.selector.send(call.context, candidate) as flight:
             async with self._forwarder.attempt(
                 endpoint, call.request.path_qs, body=body, headers=headers, stream=call.parsed.stream
             ) as answer:

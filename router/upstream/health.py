@@ -1,11 +1,13 @@
 """Passive health: an endpoint that failed is left alone for a while.
 
 In come the outcomes of attempts, out comes whether an endpoint is ejected. An ejection lasts 1 s and
-doubles with every further failure up to 30 s; success or a new incarnation clears it. This is one
-router's own short memory, beside the health checks of the control plane; it never refuses a request.
+doubles with every further failure up to 30 s; success or a new incarnation clears it. When it is over, one
+request probes the endpoint while the others stay away until it has succeeded. This is one router's own
+short memory, beside the health checks of the control plane; it never refuses a request.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from core.backoff import BackoffPolicy
@@ -23,6 +25,7 @@ class _Mark:
     failures: int
     failed_seconds: float
     ejected_until_seconds: float
+    probing: bool = False
 
 
 class EndpointHealth:
@@ -54,7 +57,24 @@ class EndpointHealth:
     def is_ejected(self, endpoint: Endpoint) -> bool:
         """Tells whether an endpoint is left alone for now."""
         mark = self._mark(endpoint)
-        return mark is not None and self._clock.monotonic() < mark.ejected_until_seconds
+        return mark is not None and (mark.probing or self._clock.monotonic() < mark.ejected_until_seconds)
+
+    @contextmanager
+    def probe(self, endpoint: Endpoint) -> Iterator[None]:
+        """Keeps others away from an endpoint whose ejection has just ended, while the block runs.
+
+        The block must call `succeeded` or `failed` where it knows; a block that ends without either, because
+        the client left, lets the next request probe. For an endpoint without failures it does nothing.
+        """
+        mark = self._mark(endpoint)
+        if mark is None or self.is_ejected(endpoint):
+            yield
+            return
+        mark.probing = True
+        try:
+            yield
+        finally:
+            mark.probing = False
 
     def last_failure_seconds(self, endpoint: Endpoint) -> float:
         """Returns when an endpoint failed last, on the monotonic clock; minus infinity for never."""

@@ -94,6 +94,34 @@ def test_new_incarnation_starts_clean_and_the_gone_are_forgotten() -> None:
     assert not health.is_ejected(_endpoint())
 
 
+async def test_one_request_probes_while_the_others_stay_away() -> None:
+    clock = ManualClock()
+    health = EndpointHealth(clock)
+    endpoint = _endpoint()
+    with health.probe(endpoint):
+        assert not health.is_ejected(endpoint)
+    health.failed(endpoint)
+    # A request that comes although it is ejected, because all are, is no probe.
+    with health.probe(endpoint):
+        await clock.advance(1.0)
+        assert not health.is_ejected(endpoint)
+    with health.probe(endpoint):
+        assert health.is_ejected(endpoint)
+        with health.probe(endpoint):
+            pass
+        assert health.is_ejected(endpoint)
+    # It ended without a verdict: the next may probe.
+    assert not health.is_ejected(endpoint)
+    with health.probe(endpoint):
+        assert health.failed(endpoint) == pytest.approx(2)
+    assert health.is_ejected(endpoint)
+    await clock.advance(2.0)
+    with health.probe(endpoint):
+        health.succeeded(endpoint)
+        assert not health.is_ejected(endpoint)
+    assert not health.is_ejected(endpoint)
+
+
 async def test_budget_is_a_fifth_of_the_requests_and_ten_a_second() -> None:
     clock = ManualClock()
     budget = RetryBudget(clock)
