@@ -26,8 +26,8 @@ from router.picking.contract import Candidate, RequestContext
 from router.picking.pending import others_share, pending_requests
 from router.prefix.rendezvous import preference
 
-# These come from `tests/bench/router_trace.py`, three seeds at 45 and 60 requests a second: 8 loses a
-# twentieth of the hit rate and a third of the first token at overload; 24 gains nothing more.
+# From `tests/bench/router_trace.py`, three seeds at 60 requests a second on one trace: 8 loses a twentieth
+# of the hit rate and about a quarter of the first token at overload; 24 gains nothing more.
 UNCACHED_WEIGHT = 16.0
 REQUEST_TOKENS = 20.0
 # By place in the rendezvous order. Without them two routers keep 0.16 of 0.25 hit rate, with them 0.23.
