@@ -4,6 +4,11 @@ import asyncio
 from collections.abc import AsyncIterator
 
 import pytest_asyncio
+from hypothesis import settings
+
+# How long an example takes depends on what else the machine does: a deadline would test the machine.
+settings.register_profile("millrace", deadline=None)
+settings.load_profile("millrace")
 
 
 @pytest_asyncio.fixture(autouse=True)

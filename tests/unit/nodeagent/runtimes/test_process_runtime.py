@@ -101,6 +101,8 @@ async def test_adoption_checks_start_time_boot_and_labels(tmp_path: Path) -> Non
     )
     identity = first.identity
     first.release()
+    # Just after exec the kernel shows an empty environment for a moment; an agent never adopts that early.
+    await eventually(lambda: "up" in (tmp_path / "x.log").read_text())
     try:
         for wrong in (
             ProcessIdentity(identity.pid, identity.start_ticks + 1, identity.boot_id),
