@@ -17,11 +17,13 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Any, Final
 
 from nodeagent.engines.simulator import openai_requests, openai_responses, tokenizer
-from nodeagent.engines.simulator.engine_driver import EngineDeadError, EngineDriver
+from nodeagent.engines.simulator.engine import QueueFullError, SimulatedEngine
+from nodeagent.engines.simulator.engine_driver import EngineDeadError
 from nodeagent.engines.simulator.errors import (
     RequestError,
     bad_request,
     engine_dead,
+    queue_full,
     shutting_down,
     validation_error,
 )
@@ -32,9 +34,9 @@ from nodeagent.engines.simulator.http_server import (
     StreamResponse,
     json_response,
 )
-from nodeagent.engines.simulator.metrics import EngineMetrics
 from nodeagent.engines.simulator.openai_requests import Generation
 from nodeagent.engines.simulator.openai_responses import ResponseShape
+from nodeagent.engines.simulator.operations import Operations
 from nodeagent.engines.simulator.settings import SimulatorSettings
 
 # The engine that is imitated, with a local version that says who answers.
@@ -55,13 +57,11 @@ class SimulatorApi:
     def __init__(
         self,
         settings: SimulatorSettings,
-        driver: EngineDriver,
-        metrics: EngineMetrics,
+        engine: SimulatedEngine,
         faults: Faults,
     ) -> None:
         self._settings = settings
-        self._driver = driver
-        self._metrics = metrics
+        self._engine = engine
         self._faults = faults
         self._created = int(time.time())
         self.draining = False
@@ -80,22 +80,28 @@ class SimulatorApi:
             ("GET", "/metrics"): self._metrics_text,
             ("POST", "/tokenize"): self._tokenize,
             ("POST", "/detokenize"): self._detokenize,
+            **Operations(settings, engine).routes(),
         }
         self._paths = {path for _, path in self._other} | set(self._inference)
 
     async def handle(self, request: HttpRequest) -> Answer:
         """Answers one request; refusals come as answers, not as exceptions."""
         try:
-            if request.method == "POST" and request.path in self._inference:
-                crash = await self._admit()
-                return await self._inference[request.path](request, crash)
-            route = self._other.get((request.method, request.path))
-            if route is not None:
-                return route(request)
+            return await self._route(request)
         except RequestError as error:
             return json_response(error.status, error.body())
         except EngineDeadError as error:
             return json_response(500, engine_dead(str(error)).body())
+        except QueueFullError as full:
+            return json_response(503, queue_full(full.reason).body())
+
+    async def _route(self, request: HttpRequest) -> Answer:
+        if request.method == "POST" and request.path in self._inference:
+            crash = await self._admit()
+            return await self._inference[request.path](request, crash)
+        route = self._other.get((request.method, request.path))
+        if route is not None:
+            return route(request)
         if request.path in self._paths:
             return json_response(405, {"detail": "Method Not Allowed"})
         return json_response(404, {"detail": "Not Found"})
@@ -106,7 +112,7 @@ class SimulatorApi:
             raise RequestError(503, "The engine is not ready.", kind="Service Unavailable")
         if self.draining:
             raise shutting_down()
-        if self._driver.dead:
+        if self._engine.dead:
             raise EngineDeadError
         fate = self._faults.next_fate()
         if fate is Fate.STALL:
@@ -115,7 +121,7 @@ class SimulatorApi:
         return fate is Fate.CRASH
 
     def _health(self, request: HttpRequest) -> HttpResponse:  # noqa: ARG002 - a route's signature
-        ready = not self._faults.settings.never_ready and not self._driver.dead
+        ready = not self._faults.settings.never_ready and not self._engine.dead
         return HttpResponse(200 if ready else 503)
 
     def _models(self, request: HttpRequest) -> HttpResponse:  # noqa: ARG002 - a route's signature
@@ -132,14 +138,27 @@ class SimulatorApi:
             }
             for name in self._settings.served_model_names
         ]
+        models += [
+            {
+                "id": adapter.name,
+                "object": "model",
+                "created": self._created,
+                "owned_by": "vllm",
+                "root": adapter.path,
+                "parent": self._settings.metric_model_name,
+                "max_model_len": None,
+                "permission": [],
+            }
+            for adapter in self._engine.adapters.values()
+        ]
         return json_response(200, {"object": "list", "data": models})
 
     def _metrics_text(self, request: HttpRequest) -> HttpResponse:  # noqa: ARG002 - a route's signature
-        return HttpResponse(200, self._metrics.render(), _METRICS_CONTENT_TYPE)
+        return HttpResponse(200, self._engine.metrics_text(), _METRICS_CONTENT_TYPE)
 
     def _tokenize(self, request: HttpRequest) -> HttpResponse:
         body = openai_requests.parse_body(request.headers, request.body)
-        openai_requests.check_model(body, self._settings)
+        openai_requests.check_model(body, self._settings, self._engine.adapters)
         if "messages" in body:
             token_ids, _ = openai_requests.chat_prompt(body, self._settings)
         else:
@@ -160,7 +179,7 @@ class SimulatorApi:
 
     def _detokenize(self, request: HttpRequest) -> HttpResponse:
         body = openai_requests.parse_body(request.headers, request.body)
-        openai_requests.check_model(body, self._settings)
+        openai_requests.check_model(body, self._settings, self._engine.adapters)
         tokens = body.get("tokens")
         if not isinstance(tokens, list):
             raise validation_error("tokens must be a list of token ids", "tokens")
@@ -175,25 +194,28 @@ class SimulatorApi:
 
     async def _generate(self, request: HttpRequest, *, chat: bool, crash: bool) -> Answer:
         body = openai_requests.parse_body(request.headers, request.body)
-        generation = openai_requests.parse_generation(body, self._settings, chat=chat)
+        generation = openai_requests.parse_generation(body, self._settings, self._engine.adapters, chat=chat)
         request_id = request.headers.get("x-request-id") or generation.request_id
+        rank = openai_requests.data_parallel_rank(request.headers, self._settings)
+        self._engine.check_admission()
         prefix = "chatcmpl-" if chat else "cmpl-"
+        lora = generation.request.lora
         shape = ResponseShape(
             chat=chat,
             response_id=prefix + (request_id or os.urandom(16).hex()),
             created=int(time.time()),
-            model=self._settings.metric_model_name,
+            model=lora.name if lora is not None else self._settings.metric_model_name,
             prompt_tokens=len(generation.request.prompt_token_ids),
             prompt_tokens_details=self._settings.prompt_tokens_details,
         )
         if generation.stream:
-            return StreamResponse(self._stream(generation, shape, crash=crash))
-        return await self._answer_whole(generation, shape, crash=crash)
+            return StreamResponse(self._stream(generation, shape, rank, crash=crash))
+        return await self._answer_whole(generation, shape, rank, crash=crash)
 
     async def _answer_whole(
-        self, generation: Generation, shape: ResponseShape, *, crash: bool
+        self, generation: Generation, shape: ResponseShape, rank: int | None, *, crash: bool
     ) -> HttpResponse:
-        stream = self._driver.submit(generation.request)
+        stream = self._engine.submit(generation.request, rank)
         try:
             count = 0
             while new := await stream.receive():
@@ -201,19 +223,19 @@ class SimulatorApi:
                     self._faults.crash()
                 count += new
         finally:
-            self._driver.abort(stream)
+            self._engine.abort(stream)
         content = shape.whole(
             generation.echo.text(0, count),
-            generation.request.finish_reason,
+            stream.finish_reason,
             count,
             stream.sequence.cached_tokens,
         )
         return json_response(200, content)
 
     async def _stream(
-        self, generation: Generation, shape: ResponseShape, *, crash: bool
+        self, generation: Generation, shape: ResponseShape, rank: int | None, *, crash: bool
     ) -> AsyncGenerator[bytes, None]:
-        stream = self._driver.submit(generation.request)
+        stream = self._engine.submit(generation.request, rank)
 
         def running_usage(count: int) -> dict[str, Any] | None:
             return shape.usage(count, None) if generation.continuous_usage else None
@@ -229,14 +251,14 @@ class SimulatorApi:
                     count += 1
                     events.append(shape.text_chunk(text, running_usage(count)))
                     if self._faults.dies_after(count):
-                        self._driver.kill()
+                        self._engine.kill()
                         break
                 yield b"".join(events)
                 if crash:
                     self._faults.crash()
-                if self._driver.dead:
+                if self._engine.dead:
                     raise EngineDeadError
-            events = [shape.finish_chunk(generation.request.finish_reason, running_usage(count))]
+            events = [shape.finish_chunk(stream.finish_reason, running_usage(count))]
             if generation.include_usage:
                 usage = shape.usage(count, stream.sequence.cached_tokens)
                 events.append(shape.usage_chunk(usage))
@@ -244,11 +266,11 @@ class SimulatorApi:
         except EngineDeadError as error:
             yield openai_responses.event(engine_dead(str(error)).body()) + openai_responses.DONE
         finally:
-            self._driver.abort(stream)
+            self._engine.abort(stream)
 
     async def _embeddings(self, request: HttpRequest, crash: bool) -> Answer:
         body = openai_requests.parse_body(request.headers, request.body)
-        token_lists = openai_requests.parse_embedding_inputs(body, self._settings)
+        token_lists = openai_requests.parse_embedding_inputs(body, self._settings, self._engine.adapters)
         encoding = body.get("encoding_format") or "float"
         if encoding not in {"float", "base64"}:
             raise validation_error("encoding_format must be float or base64", "encoding_format")

@@ -7,26 +7,8 @@ counts as free, as in vLLM, so an idle engine with a hot cache reads usage 0.
 Must not: know requests, time or tokens beyond the hashes it is given.
 """
 
-import hashlib
-import pickle
 from collections import OrderedDict
-from collections.abc import Sequence
-
-# vLLM 0.32 seeds its hash chains with this constant, so replicas agree on every block's hash.
-ROOT_HASH = hashlib.sha256(pickle.dumps("vllm-none-hash", protocol=5)).digest()
-
-
-def block_hash(parent: bytes | None, token_ids: Sequence[int], cache_salt: str | None) -> bytes:
-    """The hash of one full block, as vLLM's `sha256` algorithm makes it.
-
-    Args:
-        parent: Hash of the block before, None for the first one.
-        token_ids: The block's tokens.
-        cache_salt: The tenant's salt; it enters the first block only and isolates the chain.
-    """
-    extra = (("cache_salt", cache_salt),) if cache_salt and parent is None else None
-    key = (parent or ROOT_HASH, tuple(token_ids), extra)
-    return hashlib.sha256(pickle.dumps(key, protocol=5)).digest()
+from collections.abc import Callable, Sequence
 
 
 class Block:
@@ -40,9 +22,13 @@ class Block:
 
 
 class BlockPool:
-    """A fixed number of blocks; block_count includes the null block that is never given out."""
+    """A fixed number of blocks; block_count includes the null block that is never given out.
 
-    def __init__(self, block_count: int) -> None:
+    `on_evict` is told the hash of every cached block that makes room for another.
+    """
+
+    def __init__(self, block_count: int, on_evict: Callable[[bytes], object] = lambda _: None) -> None:
+        self._on_evict = on_evict
         self._usable = block_count - 1
         self._empty = self._usable
         self._evictable: OrderedDict[bytes, Block] = OrderedDict()
@@ -103,16 +89,32 @@ class BlockPool:
             else:
                 digest, _ = self._evictable.popitem(last=False)
                 del self._cached[digest]
+                self._on_evict(digest)
             block = Block()
             block.holders = 1
             taken.append(block)
         return taken
 
-    def seal(self, block: Block, digest: bytes) -> None:
-        """Puts a full block into the cache; a twin that is already cached keeps its place."""
-        if block.hash is None and digest not in self._cached:
-            block.hash = digest
-            self._cached[digest] = block
+    def cached_hashes(self) -> set[bytes]:
+        """The hashes that a prefix may hit."""
+        return set(self._cached)
+
+    def seal(self, block: Block, digest: bytes) -> bool:
+        """Puts a full block into the cache; a twin that is already cached keeps its place (False)."""
+        if block.hash is not None or digest in self._cached:
+            return False
+        block.hash = digest
+        self._cached[digest] = block
+        return True
+
+    def clear(self) -> bool:
+        """Forgets every cached block; False, and nothing forgotten, while one is held."""
+        if self.held_blocks:
+            return False
+        self._empty = self._usable
+        self._evictable.clear()
+        self._cached.clear()
+        return True
 
     def release(self, blocks: Sequence[Block]) -> None:
         """Gives a request's blocks back, its last block first to be evicted."""

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 
 from nodeagent.engines.simulator.engine_model import EngineModel, Sequence, SequenceRequest
+from nodeagent.engines.simulator.kv_journal import KvEvent
 from nodeagent.engines.simulator.metrics import EngineMetrics
 
 # More than the loop's timer inaccuracy, less than a human would call a stall.
@@ -25,7 +26,10 @@ class EngineDeadError(Exception):
 
 
 class TokenStream:
-    """The tokens of one request as they come; bounded by the request's output length."""
+    """The tokens of one request as they come; bounded by the request's output length.
+
+    `finish_reason` holds once the output is complete.
+    """
 
     def __init__(self, sequence: Sequence) -> None:
         self.sequence = sequence
@@ -34,6 +38,7 @@ class TokenStream:
         self._finished = False
         self._dead = False
         self._changed = asyncio.Event()
+        self.finish_reason = sequence.request.finish_reason
 
     def push(self) -> None:
         """Adds one token."""
@@ -44,6 +49,11 @@ class TokenStream:
         """Marks the end."""
         self._finished = True
         self._changed.set()
+
+    def cut(self) -> None:
+        """Ends the stream early, with the tokens that came."""
+        self.finish_reason = "abort"
+        self.finish()
 
     def die(self) -> None:
         """Ends the stream without a result."""
@@ -70,7 +80,10 @@ class TokenStream:
 
 
 class EngineDriver:
-    """Owns the step loop of one engine model; `on_death` is called once, when the engine dies."""
+    """Owns the step loop of one engine model; `on_death` is called once, when the engine dies.
+
+    `publish` gets what a step did to cached blocks, after every step.
+    """
 
     def __init__(
         self,
@@ -79,8 +92,11 @@ class EngineDriver:
         on_death: Callable[[], object] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._model = model
+        self.model = model
+        self.publish: Callable[[list[KvEvent]], None] = lambda _: None
         self._metrics = metrics
+        self._awake = asyncio.Event()
+        self._awake.set()
         self._on_death = on_death
         self._clock = clock
         self._streams: dict[Sequence, TokenStream] = {}
@@ -102,7 +118,7 @@ class EngineDriver:
         """
         if self.dead:
             raise EngineDeadError
-        sequence = self._model.submit(request, self._clock())
+        sequence = self.model.submit(request, self._clock())
         stream = TokenStream(sequence)
         self._streams[sequence] = stream
         if self._loop_task is None or self._loop_task.done():
@@ -111,10 +127,25 @@ class EngineDriver:
         return stream
 
     def abort(self, stream: TokenStream) -> None:
-        """Forgets a request whose reader has left; harmless after its end."""
-        self._streams.pop(stream.sequence, None)
-        if not self.dead and self._model.abort(stream.sequence):
-            self._metrics.record_state(self._model)
+        """Forgets a request whose reader has left; harmless after its end, and for another's."""
+        if self._streams.pop(stream.sequence, None) is None:
+            return
+        if not self.dead and self.model.abort(stream.sequence) and self._awake.is_set():
+            self._metrics.record_state(self.model)
+
+    def abort_all(self) -> None:
+        """Ends every request with what it has so far."""
+        for stream in list(self._streams.values()):
+            stream.cut()
+            self.abort(stream)
+
+    def pause(self) -> None:
+        """Stops after the step that runs; requests that come wait."""
+        self._awake.clear()
+
+    def resume(self) -> None:
+        """Goes on stepping."""
+        self._awake.set()
 
     def kill(self) -> None:
         """Ends every stream as a dying engine would; nothing is served afterwards."""
@@ -148,7 +179,10 @@ class EngineDriver:
     async def _run(self) -> None:
         begins = self._clock()
         while not self.dead:
-            step = self._model.begin_step(self._clock())
+            if not self._awake.is_set():
+                await self._awake.wait()
+                begins = self._clock()
+            step = self.model.begin_step(self._clock())
             if step is None:
                 return
             ends = begins + step.duration_seconds
@@ -156,12 +190,13 @@ class EngineDriver:
             if self.dead:
                 return
             now = self._clock()
-            outcome = self._model.finish_step(step, now)
+            outcome = self.model.finish_step(step, now)
+            self.publish(self.model.journal.take())
             for emission in outcome.emissions:
                 stream = self._streams.get(emission.sequence)
                 if stream is not None:
                     stream.push()
-            self._metrics.record_step(outcome, self._model)
+            self._metrics.record_step(outcome, self.model)
             for sequence in outcome.finished:
                 finished = self._streams.pop(sequence, None)
                 if finished is not None:

@@ -14,8 +14,10 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from nodeagent.engines.simulator.block_pool import Block, BlockPool, block_hash
-from nodeagent.engines.simulator.settings import EngineLimits, StepTiming
+from nodeagent.engines.simulator.block_pool import Block, BlockPool
+from nodeagent.engines.simulator.kv_journal import BlockRemoved, BlocksStored, CacheCleared, KvJournal
+from nodeagent.engines.simulator.settings import EngineLimits, LoraAdapter, StepTiming
+from nodeagent.kv_events.block_hash import ExtraKeys, block_hash, extra_keys
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,7 @@ class SequenceRequest:
         output_token_id: Gives the id of the output token at an index.
         cache_salt: Isolates the prefix cache, None shares it.
         max_tokens: The limit that the client asked for, None if it asked for none.
+        lora: The adapter to use, None for the base model.
     """
 
     prompt_token_ids: list[int]
@@ -37,6 +40,12 @@ class SequenceRequest:
     output_token_id: Callable[[int], int]
     cache_salt: str | None = None
     max_tokens: int | None = None
+    lora: LoraAdapter | None = None
+
+    def extra_keys(self, *, first: bool) -> ExtraKeys | None:
+        """What enters the hash of its first block, or of a later one, beside tokens."""
+        lora = (self.lora.name, self.lora.path) if self.lora is not None else None
+        return extra_keys(first=first, cache_salt=self.cache_salt, lora=lora)
 
 
 @dataclass(eq=False)
@@ -117,7 +126,8 @@ class EngineModel:
         self._timing = timing
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
-        self.pool = BlockPool(limits.block_count)
+        self.journal = KvJournal(enabled=limits.kv_events and limits.prefix_caching)
+        self.pool = BlockPool(limits.block_count, lambda digest: self.journal.add(BlockRemoved(digest)))
         self.counters = EngineCounters()
 
     @property
@@ -129,6 +139,37 @@ class EngineModel:
     def waiting_count(self) -> int:
         """Sequences in the queue."""
         return len(self._waiting)
+
+    @property
+    def deferred_count(self) -> int:
+        """Sequences in the queue whose adapter has no place in the batch."""
+        running = self._running_adapters()
+        return sum(1 for sequence in self._waiting if not self._adapter_fits(sequence, running))
+
+    @property
+    def unprocessed_prompt_tokens(self) -> int:
+        """Prompt tokens of requests without a first token; vLLM counts each prompt whole."""
+        sequences = (*self._running, *self._waiting)
+        return sum(len(each.request.prompt_token_ids) for each in sequences if not each.emitted_tokens)
+
+    def adapters(self) -> tuple[set[str], set[str]]:
+        """Names of the adapters that run, and of those that wait."""
+        waiting = {each.request.lora.name for each in self._waiting if each.request.lora is not None}
+        return self._running_adapters(), waiting
+
+    def clear_cache(self) -> bool:
+        """Forgets all cached blocks, as `/reset_prefix_cache`; False while a sequence holds some."""
+        cleared = self.pool.clear()
+        if cleared:
+            self.journal.add(CacheCleared())
+        return cleared
+
+    def _running_adapters(self) -> set[str]:
+        return {each.request.lora.name for each in self._running if each.request.lora is not None}
+
+    def _adapter_fits(self, sequence: Sequence, running: set[str]) -> bool:
+        lora = sequence.request.lora
+        return lora is None or lora.name in running or len(running) < self._limits.max_running_adapters
 
     def has_work(self) -> bool:
         """Whether another step is needed."""
@@ -252,10 +293,15 @@ class EngineModel:
         self._waiting.appendleft(victim)
 
     def _admit(self, scheduled: list[tuple[Sequence, int]], budget: int, now_seconds: float) -> None:
-        while self._waiting and budget:
+        adapters = self._running_adapters()
+        index = 0
+        while index < len(self._waiting) and budget:
             if len(self._running) >= self._limits.max_running_sequences:
                 return
-            sequence = self._waiting[0]
+            sequence = self._waiting[index]
+            if not self._adapter_fits(sequence, adapters):
+                index += 1
+                continue
             hits = self._hits(sequence)
             hit_tokens = len(hits) * self._limits.block_size_tokens
             whole = self._blocks_for(sequence.known_tokens) - len(hits)
@@ -268,8 +314,10 @@ class EngineModel:
             taken = self.pool.hold(hits, fresh)
             if taken is None:
                 return
-            self._waiting.popleft()
+            del self._waiting[index]
             self._running.append(sequence)
+            if sequence.request.lora is not None:
+                adapters.add(sequence.request.lora.name)
             sequence.blocks = taken
             sequence.computed_tokens = hit_tokens
             if sequence.admitted_seconds is None:
@@ -293,11 +341,38 @@ class EngineModel:
         """Caches the blocks that are full once this step's tokens are computed."""
         if not self._limits.prefix_caching:
             return
-        full_blocks = tokens // self._limits.block_size_tokens
-        first = sequence.computed_tokens // self._limits.block_size_tokens
+        size = self._limits.block_size_tokens
+        full_blocks = tokens // size
+        first = sequence.computed_tokens // size
         self._extend_hashes(sequence, full_blocks)
+        fresh: list[int] = []
         for index in range(first, full_blocks):
-            self.pool.seal(sequence.blocks[index], sequence.hashes[index])
+            if self.pool.seal(sequence.blocks[index], sequence.hashes[index]):
+                fresh.append(index)
+            elif fresh:
+                self._note_stored(sequence, fresh)
+                fresh = []
+        if fresh:
+            self._note_stored(sequence, fresh)
+
+    def _note_stored(self, sequence: Sequence, fresh: list[int]) -> None:
+        """Writes down that consecutive blocks of a sequence are cached now."""
+        if not self.journal.enabled:
+            return
+        size = self._limits.block_size_tokens
+        start, stop = fresh[0], fresh[-1] + 1
+        lora = sequence.request.lora
+        self.journal.add(
+            BlocksStored(
+                digests=sequence.hashes[start:stop],
+                parent=sequence.hashes[start - 1] if start else None,
+                token_ids=sequence.token_ids(start * size, stop * size),
+                block_size_tokens=size,
+                lora_id=lora.number if lora is not None else None,
+                lora_name=lora.name if lora is not None else None,
+                extra_keys=[sequence.request.extra_keys(first=index == 0) for index in fresh],
+            )
+        )
 
     def _extend_hashes(self, sequence: Sequence, full_blocks: int) -> None:
         size = self._limits.block_size_tokens
@@ -305,8 +380,8 @@ class EngineModel:
             start = len(sequence.hashes) * size
             parent = sequence.hashes[-1] if sequence.hashes else None
             token_ids = sequence.token_ids(start, start + size)
-            digest = block_hash(parent, token_ids, sequence.request.cache_salt)
-            sequence.hashes.append(digest)
+            extra = sequence.request.extra_keys(first=start == 0)
+            sequence.hashes.append(block_hash(parent, token_ids, extra))
 
     def _end(self, sequence: Sequence) -> None:
         sequence.finished = True

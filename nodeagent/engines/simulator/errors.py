@@ -78,3 +78,14 @@ def engine_dead(message: str) -> RequestError:
 def shutting_down() -> RequestError:
     """The 500 that vLLM gives to requests which arrive while it drains."""
     return RequestError(500, "cannot schedule new futures after shutdown", kind="InternalServerError")
+
+
+def queue_full(reason: str) -> RequestError:
+    """The 503 of an engine whose queue limits are reached."""
+    what = (
+        "is currently busy and cannot accept new requests."
+        if reason == "max_num_queued_reqs"
+        else "has reached its prefill token backlog limit."
+    )
+    message = f"The engine {what} Please try again later or on a different instance."
+    return RequestError(503, message, kind="Service Unavailable")

@@ -9,6 +9,7 @@ a fifth of the start-up budget.
 import bisect
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 
 def number(value: float) -> str:
@@ -27,6 +28,16 @@ def labels_text(labels: Mapping[str, str]) -> str:
     return "{" + ",".join(parts) + "}"
 
 
+@dataclass(frozen=True)
+class Section:
+    """A name's lines: what it is, and its samples."""
+
+    name: str
+    kind: str
+    help_text: str
+    samples: list[str]
+
+
 class Family:
     """A counter or gauge: one value for each of its label sets."""
 
@@ -42,16 +53,19 @@ class Family:
         self._values.setdefault(key, 0.0)
         return Child(self._values, key)
 
-    def lines(self, created_seconds: float) -> Iterator[str]:
+    def keep_newest(self, count: int) -> None:
+        """Forgets the series that were set up first, beyond this many."""
+        while len(self._values) > count:
+            del self._values[next(iter(self._values))]
+
+    def sections(self, created_seconds: float) -> Iterator["Section"]:
         """The family in text."""
         is_counter = self.kind == "counter"
         name = f"{self.name}_total" if is_counter else self.name
-        yield f"# HELP {name} {self.help_text}"
-        yield f"# TYPE {name} {self.kind}"
-        for key, value in self._values.items():
-            yield f"{name}{key} {number(value)}"
+        samples = [f"{name}{key} {number(value)}" for key, value in self._values.items()]
+        yield Section(name, self.kind, self.help_text, samples)
         if is_counter:
-            yield from created_lines(self.name, self.help_text, self._values, created_seconds)
+            yield _created(self.name, self.help_text, self._values, created_seconds)
 
 
 class Child:
@@ -88,29 +102,40 @@ class Histogram:
         self._counts[bisect.bisect_left(self._bounds, value)] += 1
         self._sum += value
 
-    def lines(self, created_seconds: float) -> Iterator[str]:
+    def sections(self, created_seconds: float) -> Iterator["Section"]:
         """The family in text, buckets cumulative."""
-        yield f"# HELP {self.name} {self.help_text}"
-        yield f"# TYPE {self.name} histogram"
+        samples = []
         total = 0
         for bound, count in zip([*self._bounds, math.inf], self._counts, strict=True):
             total += count
             key = labels_text({**self._labels, "le": number(bound)})
-            yield f"{self.name}_bucket{key} {number(total)}"
+            samples.append(f"{self.name}_bucket{key} {number(total)}")
         key = labels_text(self._labels)
-        yield f"{self.name}_count{key} {number(total)}"
-        yield f"{self.name}_sum{key} {number(self._sum)}"
-        yield from created_lines(self.name, self.help_text, [key], created_seconds)
+        samples.append(f"{self.name}_count{key} {number(total)}")
+        samples.append(f"{self.name}_sum{key} {number(self._sum)}")
+        yield Section(self.name, "histogram", self.help_text, samples)
+        yield _created(self.name, self.help_text, [key], created_seconds)
 
 
-def created_lines(
+def _created(
     name: str, help_text: str, keys: Sequence[str] | Mapping[str, float], created_seconds: float
-) -> Iterator[str]:
+) -> Section:
     """The `_created` gauge that prometheus_client adds to counters and histograms."""
-    yield f"# HELP {name}_created {help_text}"
-    yield f"# TYPE {name}_created gauge"
-    for key in keys:
-        yield f"{name}_created{key} {number(created_seconds)}"
+    samples = [f"{name}_created{key} {number(created_seconds)}" for key in keys]
+    return Section(f"{name}_created", "gauge", help_text, samples)
+
+
+def render(groups: Sequence[Sequence[Family | Histogram]], created_seconds: float) -> bytes:
+    """The text of several groups that hold the same families, each family told once."""
+    lines: list[str] = []
+    for same in zip(*groups, strict=True):
+        for sections in zip(*(family.sections(created_seconds) for family in same), strict=True):
+            first = sections[0]
+            lines.append(f"# HELP {first.name} {first.help_text}")
+            lines.append(f"# TYPE {first.name} {first.kind}")
+            for section in sections:
+                lines += section.samples
+    return ("\n".join(lines) + "\n").encode()
 
 
 def one_two_five(limit: int) -> list[float]:

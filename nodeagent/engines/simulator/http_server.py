@@ -39,6 +39,7 @@ class HttpRequest:
     headers: Mapping[str, str]
     version: str
     body: bytes = b""
+    query: str = ""
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,8 @@ def _parse_head(head: bytes) -> HttpRequest:
         if not colon or not name or name != name.strip():
             raise MalformedRequestError(400, "Invalid HTTP request received.")
         headers[name.lower()] = value.strip()
-    return HttpRequest(parts[0], parts[1].partition("?")[0], headers, parts[2])
+    path, _, query = parts[1].partition("?")
+    return HttpRequest(parts[0], path, headers, parts[2], query=query)
 
 
 class _Reader:
@@ -109,7 +111,7 @@ class _Reader:
         self._head = None
         self._body = bytearray()
         self.wants_continue = False
-        return HttpRequest(head.method, head.path, head.headers, head.version, body)
+        return HttpRequest(head.method, head.path, head.headers, head.version, body, head.query)
 
     def _read_head(self) -> bool:
         while self.buffer[:2] == b"\r\n":

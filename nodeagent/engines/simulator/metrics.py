@@ -6,15 +6,13 @@ abandons enters neither `request_success` nor the latency histograms.
 Must not: ask the model for anything between steps, or decide anything.
 """
 
+import time
+from collections.abc import Callable, Sequence
 from typing import Final
 
-from nodeagent.engines.simulator.engine_model import EngineModel, Sequence, StepOutcome
-from nodeagent.engines.simulator.exposition import (
-    Child,
-    Family,
-    Histogram,
-    one_two_five,
-)
+from nodeagent.engines.simulator.engine_model import EngineModel, StepOutcome
+from nodeagent.engines.simulator.engine_model import Sequence as EngineSequence
+from nodeagent.engines.simulator.exposition import Child, Family, Histogram, one_two_five, render
 from nodeagent.engines.simulator.settings import EngineLimits, SimulatorSettings
 
 # The bucket bounds are vLLM 0.32's; scrapers must read them from `le`, tests compare them.
@@ -33,16 +31,18 @@ _REQUEST_BOUNDS: Final = (
 _ITERATION_BOUNDS: Final = tuple(float(2**power) for power in (0, *range(3, 15)))
 _PREEMPTION_BOUNDS: Final = (1, 2, 3, 4, 5, 10, 20)
 _N_BOUNDS: Final = (1, 2, 5, 10, 20)
+# vLLM never forgets a label set of lora_requests_info; a test that runs for days must be able to.
+_ADAPTER_SERIES_MAX: Final = 1024
 
 
-def _cache_configuration(limits: EngineLimits) -> dict[str, str]:
+def _cache_configuration(limits: EngineLimits, rank: int) -> dict[str, str]:
     size_tokens = limits.block_count * limits.block_size_tokens
     concurrency = size_tokens / limits.max_model_length_tokens
     return {
         "block_size": str(limits.block_size_tokens),
         "cache_dtype": "auto",
         "enable_prefix_caching": str(limits.prefix_caching),
-        "engine": "0",
+        "engine": str(rank),
         "gpu_memory_utilization": "0.92",
         "hash_block_size": "None",
         "kv_cache_max_concurrency": str(concurrency),
@@ -56,14 +56,65 @@ def _cache_configuration(limits: EngineLimits) -> dict[str, str]:
     }
 
 
-class EngineMetrics:
-    """All families of one engine."""
+class SharedMetrics:
+    """The families without an `engine` label, which all data-parallel ranks fill together."""
 
-    def __init__(self, settings: SimulatorSettings, created_seconds: float) -> None:
-        self._created_seconds = created_seconds
-        self._labels = {"engine": "0", "model_name": settings.metric_model_name}
+    def __init__(
+        self,
+        settings: SimulatorSettings,
+        created_seconds: float,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._clock = clock
+        self.created_seconds = created_seconds
+        start = Family("process_start_time_seconds", "gauge", "Unix time of the process's start.")
+        start.child({}).set(created_seconds)
+        rejections = Family("vllm:admission_rejections", "counter", "Requests refused at once.")
+        labels = {"model_name": settings.metric_model_name}
+        self._rejections = {
+            reason: rejections.child({**labels, "reason": reason})
+            for reason in ("max_num_queued_reqs", "max_num_queued_tokens")
+        }
+        self.families: list[Family | Histogram] = [start, rejections]
+        self._adapters: Family | None = None
+        self._max_adapters = str(settings.limits.max_running_adapters)
+        if settings.enable_lora:
+            self._adapters = Family("vllm:lora_requests_info", "gauge", "Running stats on lora requests.")
+            self.families.append(self._adapters)
+
+    def record_rejection(self, reason: str) -> None:
+        """Counts a request that was refused because a queue is full."""
+        self._rejections[reason].add()
+
+    def record_adapters(self, model: EngineModel) -> None:
+        """Notes which adapters run and wait; as in vLLM, label sets of the past stay as they were."""
+        if self._adapters is None:
+            return
+        running, waiting = model.adapters()
+        labels = {
+            "max_lora": self._max_adapters,
+            "running_lora_adapters": ",".join(sorted(running)),
+            "waiting_lora_adapters": ",".join(sorted(waiting)),
+        }
+        self._adapters.child(labels).set(self._clock())
+        self._adapters.keep_newest(_ADAPTER_SERIES_MAX)
+
+
+class EngineMetrics:
+    """All families of one engine, or of one of its data-parallel ranks."""
+
+    def __init__(
+        self,
+        settings: SimulatorSettings,
+        created_seconds: float,
+        *,
+        rank: int = 0,
+        shared: SharedMetrics | None = None,
+    ) -> None:
+        self.shared = shared if shared is not None else SharedMetrics(settings, created_seconds)
+        self._labels = {"engine": str(rank), "model_name": settings.metric_model_name}
         self._families: list[Family | Histogram] = []
-        self._add_gauges(settings)
+        self._add_gauges(settings, rank)
         self._add_counters()
         self._add_histograms(settings.limits.max_model_length_tokens)
 
@@ -86,7 +137,7 @@ class EngineMetrics:
         self._families.append(histogram)
         return histogram
 
-    def _add_gauges(self, settings: SimulatorSettings) -> None:
+    def _add_gauges(self, settings: SimulatorSettings, rank: int) -> None:
         self._running = self._child("num_requests_running", "gauge", "Requests in the batch.")
         self._waiting = self._child("num_requests_waiting", "gauge", "Requests in the queue.")
         self._waiting_by_reason = self._labelled(
@@ -96,23 +147,20 @@ class EngineMetrics:
             "reason",
             ("capacity", "deferred"),
         )
-        states = self._labelled(
+        self._sleep_states = self._labelled(
             "engine_sleep_state",
             "gauge",
             "1 for the state the engine is in.",
             "sleep_state",
             ("awake", "weights_offloaded", "discard_all"),
         )
-        states["awake"].set(1)
+        self._sleep_states["awake"].set(1)
         self._usage = self._child(
             "kv_cache_usage_perc", "gauge", "KV-cache usage. 1 means 100 percent usage."
         )
         information = Family("vllm:cache_config_info", "gauge", "The cache's configuration.")
-        information.child(_cache_configuration(settings.limits)).set(1)
+        information.child(_cache_configuration(settings.limits, rank)).set(1)
         self._families.append(information)
-        start = Family("process_start_time_seconds", "gauge", "Unix time of the process's start.")
-        start.child({}).set(self._created_seconds)
-        self._families.append(start)
 
     def _add_counters(self) -> None:
         def counter(name: str, help_text: str) -> Child:
@@ -147,10 +195,6 @@ class EngineMetrics:
             "finished_reason",
             ("stop", "length", "abort", "error", "repetition"),
         )
-        rejections = Family("vllm:admission_rejections", "counter", "Requests refused at once.")
-        for reason in ("max_num_queued_reqs", "max_num_queued_tokens"):
-            rejections.child({"model_name": self._labels["model_name"], "reason": reason})
-        self._families.append(rejections)
 
     def _add_histograms(self, max_model_length_tokens: int) -> None:
         sizes = tuple(one_two_five(max_model_length_tokens))
@@ -184,11 +228,20 @@ class EngineMetrics:
         """Sets the gauges and the model's own totals."""
         self._running.set(model.running_count)
         self._waiting.set(model.waiting_count)
-        self._waiting_by_reason["capacity"].set(model.waiting_count)
+        deferred = model.deferred_count
+        self._waiting_by_reason["capacity"].set(model.waiting_count - deferred)
+        self._waiting_by_reason["deferred"].set(deferred)
         self._usage.set(model.pool.usage_fraction)
         self._queries.set(model.counters.prefix_queries_tokens)
         self._hits.set(model.counters.prefix_hits_tokens)
         self._preemptions.set(model.counters.preemptions)
+        self.shared.record_adapters(model)
+
+    def record_sleep(self, level: int | None) -> None:
+        """Shows how deep the engine sleeps; None while it is awake."""
+        names = {None: "awake", 1: "weights_offloaded", 2: "discard_all"}
+        for name, state in self._sleep_states.items():
+            state.set(float(name == names.get(level, "")))
 
     def record_step(self, outcome: StepOutcome, model: EngineModel) -> None:
         """Counts a finished step."""
@@ -204,7 +257,7 @@ class EngineMetrics:
             self._record_finished(sequence)
         self.record_state(model)
 
-    def _record_prompt(self, sequence: Sequence) -> None:
+    def _record_prompt(self, sequence: EngineSequence) -> None:
         prompt_tokens = len(sequence.request.prompt_token_ids)
         cached = sequence.cached_tokens
         self._prompt_tokens.add(prompt_tokens)
@@ -213,7 +266,7 @@ class EngineMetrics:
         self._prompt_cached.add(cached)
         self._cached_by_source["device"].add(cached)
 
-    def _record_finished(self, sequence: Sequence) -> None:
+    def _record_finished(self, sequence: EngineSequence) -> None:
         request = sequence.request
         admitted = sequence.admitted_seconds
         first = sequence.first_token_seconds
@@ -239,6 +292,12 @@ class EngineMetrics:
         self._prefill_computed.observe(prompt_tokens - sequence.cached_tokens)
 
     def render(self) -> bytes:
-        """The text of GET /metrics."""
-        lines = [line for family in self._families for line in family.lines(self._created_seconds)]
-        return ("\n".join(lines) + "\n").encode()
+        """The text of GET /metrics for an engine with one rank."""
+        return render_metrics([self])
+
+
+def render_metrics(ranks: Sequence[EngineMetrics]) -> bytes:
+    """The text of GET /metrics: one series a rank, and the families that they share once."""
+    shared = ranks[0].shared
+    own = render([rank._families for rank in ranks], shared.created_seconds)  # noqa: SLF001 - same module
+    return own + render([shared.families], shared.created_seconds)

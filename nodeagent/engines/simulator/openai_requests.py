@@ -19,10 +19,11 @@ from nodeagent.engines.simulator.errors import (
     too_many_characters,
     validation_error,
 )
-from nodeagent.engines.simulator.settings import SimulatorSettings
+from nodeagent.engines.simulator.settings import LoraAdapter, SimulatorSettings
 from nodeagent.engines.simulator.tokenizer import Echo
 
 Body = dict[str, Any]
+Adapters = Mapping[str, LoraAdapter]
 
 _CHARACTERS_TO_ECHO = 1024
 
@@ -105,15 +106,36 @@ def _string(body: Body, name: str) -> str | None:
     return value
 
 
-def check_model(body: Body, settings: SimulatorSettings) -> None:
-    """Refuses a model that is not served; a request without one gets the only one there is.
+def check_model(body: Body, settings: SimulatorSettings, adapters: Adapters) -> LoraAdapter | None:
+    """The adapter that a request names, None for the model; a request without a name gets the model.
 
     Raises:
-        RequestError: 404, or 400 if the name is no string.
+        RequestError: 404 for what is not served, or 400 if the name is no string.
     """
     model = _string(body, "model")
-    if model and model not in settings.served_model_names:
+    if not model or model in settings.served_model_names:
+        return None
+    adapter = adapters.get(model)
+    if adapter is None:
         raise model_not_found(model)
+    return adapter
+
+
+def data_parallel_rank(headers: Mapping[str, str], settings: SimulatorSettings) -> int | None:
+    """The rank that a request's header names, None where it names none.
+
+    Raises:
+        RequestError: It is no rank of this engine (400).
+    """
+    text = headers.get("x-data-parallel-rank")
+    if text is None:
+        return None
+    if not (text.isascii() and text.isdigit()) or int(text) >= settings.data_parallel_size:
+        raise bad_request(
+            f"data_parallel_rank {text} is out of range [0, {settings.data_parallel_size}).",
+            "data_parallel_rank",
+        )
+    return int(text)
 
 
 def _stream_options(body: Body, *, stream: bool) -> tuple[bool, bool]:
@@ -218,7 +240,9 @@ def requested_tokens(body: Body) -> int | None:
     return newer if newer is not None else _integer(body, "max_tokens", 1)
 
 
-def parse_generation(body: Body, settings: SimulatorSettings, *, chat: bool) -> Generation:
+def parse_generation(
+    body: Body, settings: SimulatorSettings, adapters: Adapters, *, chat: bool
+) -> Generation:
     """Checks a chat completion (`chat`) or a text completion.
 
     Raises:
@@ -232,7 +256,7 @@ def parse_generation(body: Body, settings: SimulatorSettings, *, chat: bool) -> 
     count = _integer(body, "n", 1)
     if count not in {None, 1}:
         raise bad_request("The simulator generates one choice: n must be 1.", "n")
-    check_model(body, settings)
+    lora = check_model(body, settings, adapters)
     read_prompt = chat_prompt if chat else _completion_prompt
     token_ids, text = read_prompt(body, settings)
     output_tokens, finish_reason = _output(body, settings, len(token_ids))
@@ -244,6 +268,7 @@ def parse_generation(body: Body, settings: SimulatorSettings, *, chat: bool) -> 
         output_token_id=echo.token_id,
         cache_salt=cache_salt,
         max_tokens=requested_tokens(body),
+        lora=lora,
     )
     request_id = _string(body, "request_id")
     return Generation(request, echo, stream, include_usage, continuous_usage, request_id)
@@ -258,7 +283,7 @@ def _completion_prompt(body: Body, settings: SimulatorSettings) -> tuple[list[in
     return text_prompt(prompt, "prompt", settings)
 
 
-def parse_embedding_inputs(body: Body, settings: SimulatorSettings) -> list[list[int]]:
+def parse_embedding_inputs(body: Body, settings: SimulatorSettings, adapters: Adapters) -> list[list[int]]:
     """The ids of every input of an embedding request.
 
     Raises:
@@ -271,7 +296,7 @@ def parse_embedding_inputs(body: Body, settings: SimulatorSettings) -> list[list
         inputs = [inputs]
     if not isinstance(inputs, list) or not inputs:
         raise _invalid("input", "a string, a list of strings or lists of token ids")
-    check_model(body, settings)
+    check_model(body, settings, adapters)
     limit = settings.limits.max_model_length_tokens
     token_lists = [text_prompt(item, "input", settings)[0] for item in inputs]
     for token_ids in token_lists:

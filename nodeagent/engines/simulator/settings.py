@@ -22,6 +22,8 @@ class EngineLimits:
         block_size_tokens: Tokens in one KV block.
         block_count: KV blocks, the reserved null block included.
         prefix_caching: Whether full blocks are kept for later requests.
+        max_running_adapters: Different LoRA adapters in one batch.
+        kv_events: Whether what happens to cached blocks is written down.
     """
 
     max_model_length_tokens: int = DEFAULT_MAX_MODEL_LENGTH_TOKENS
@@ -30,11 +32,45 @@ class EngineLimits:
     block_size_tokens: int = 16
     block_count: int = 4096
     prefix_caching: bool = True
+    max_running_adapters: int = 1
+    kv_events: bool = False
 
     @property
     def capacity_tokens(self) -> int:
         """Tokens that fit into the usable blocks; one block is the null block, as in vLLM."""
         return (self.block_count - 1) * self.block_size_tokens
+
+
+@dataclass(frozen=True)
+class LoraAdapter:
+    """A LoRA adapter: the name that requests use, where it comes from, and the engine's number for it."""
+
+    name: str
+    path: str
+    number: int
+
+
+@dataclass(frozen=True)
+class KvEventSettings:
+    """Where KV events go, with vLLM's names and defaults (`--kv-events-config`).
+
+    Attributes:
+        endpoint: Of the PUB socket; it binds where there is a `*` or `::` or for ipc, else it connects.
+        replay_endpoint: Of the ROUTER that repeats past batches, None for none.
+        buffer_steps: Batches that are kept for replay.
+        hwm: Batches that a slow subscriber may lag before it loses some.
+        max_queue_size: Only shown; nothing queues here.
+        topic: First frame of every message.
+        positional: Write events as arrays without names, as engines before vLLM 0.30 did.
+    """
+
+    endpoint: str = "tcp://*:5557"
+    replay_endpoint: str | None = None
+    buffer_steps: int = 10_000
+    hwm: int = 100_000
+    max_queue_size: int = 100_000
+    topic: str = ""
+    positional: bool = False
 
 
 @dataclass(frozen=True)
@@ -96,6 +132,15 @@ class SimulatorSettings:
         shutdown_timeout_seconds: Time that running requests get after SIGTERM.
         default_output_tokens: Output length where the request gives none.
         prompt_tokens_details: Whether usage tells the cached prompt tokens.
+        fleet_size: Engines in this process, on ports that follow each other.
+        data_parallel_size: Ranks behind one port, each with a cache and a batch of its own.
+        max_queued_requests: Unfinished requests beyond which new ones get 503, None for no limit.
+        max_queued_tokens: Prompt tokens without a first token at which new requests get 503.
+        development_mode: Whether the routes of vLLM's VLLM_SERVER_DEV_MODE exist.
+        enable_lora: Whether adapters can be used.
+        runtime_lora_updating: Whether adapters can be loaded and unloaded by request.
+        lora_adapters: Adapters that are there from the start.
+        kv_events: Where KV events go, None for nowhere.
     """
 
     model: str
@@ -106,6 +151,15 @@ class SimulatorSettings:
     shutdown_timeout_seconds: float = 0.0
     default_output_tokens: int = 16
     prompt_tokens_details: bool = False
+    fleet_size: int = 1
+    data_parallel_size: int = 1
+    max_queued_requests: int | None = None
+    max_queued_tokens: int | None = None
+    development_mode: bool = False
+    enable_lora: bool = False
+    runtime_lora_updating: bool = False
+    lora_adapters: tuple[LoraAdapter, ...] = ()
+    kv_events: KvEventSettings | None = None
     limits: EngineLimits = field(default_factory=EngineLimits)
     timing: StepTiming = field(default_factory=StepTiming)
     faults: FaultSettings = field(default_factory=FaultSettings)

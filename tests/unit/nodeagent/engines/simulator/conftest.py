@@ -3,7 +3,6 @@
 import asyncio
 import signal
 import sys
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,12 +12,11 @@ import pytest
 
 import nodeagent
 from nodeagent.engines.simulator.api import SimulatorApi
-from nodeagent.engines.simulator.engine_driver import EngineDriver
+from nodeagent.engines.simulator.engine import SimulatedEngine
 from nodeagent.engines.simulator.engine_model import EngineModel
 from nodeagent.engines.simulator.faults import Faults
 from nodeagent.engines.simulator.flags import parse_settings
 from nodeagent.engines.simulator.http_server import HttpServer
-from nodeagent.engines.simulator.metrics import EngineMetrics
 
 REPOSITORY = Path(nodeagent.__path__[0]).parent
 FAST = ("--inter-token-latency-ms", "1", "--prefill-tokens-per-second", "0")
@@ -29,7 +27,7 @@ class Simulator:
     url: str
     client: aiohttp.ClientSession
     model: EngineModel
-    driver: EngineDriver
+    engine: SimulatedEngine
     api: SimulatorApi
     server: HttpServer
 
@@ -53,14 +51,14 @@ async def serve() -> AsyncIterator[Serve]:
         settings = parse_settings(
             ["--model", "/models/tiny", "--served-model-name", "tiny", "other", *FAST, *flags]
         )
-        metrics = EngineMetrics(settings, time.time())
-        model = EngineModel(settings.limits, settings.timing)
-        driver = EngineDriver(model, metrics)
-        api = SimulatorApi(settings, driver, metrics, Faults(settings.faults))
+        engine = SimulatedEngine(settings)
+        engine.open_kv_events()
+        api = SimulatorApi(settings, engine, Faults(settings.faults))
         server = HttpServer(api.handle)
         port = await server.start("127.0.0.1", 0)
         url = f"http://127.0.0.1:{port}"
-        simulator = Simulator(url, aiohttp.ClientSession(), model, driver, api, server)
+        model = engine.drivers[0].model
+        simulator = Simulator(url, aiohttp.ClientSession(), model, engine, api, server)
         started.append(simulator)
         return simulator
 
@@ -68,7 +66,7 @@ async def serve() -> AsyncIterator[Serve]:
     for simulator in started:
         await simulator.client.close()
         await simulator.server.close()
-        await simulator.driver.close()
+        await simulator.engine.close()
 
 
 @dataclass

@@ -5,7 +5,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nodeagent.engines.simulator.block_pool import ROOT_HASH, block_hash
 from nodeagent.engines.simulator.engine_model import (
     EngineModel,
     Sequence,
@@ -13,6 +12,7 @@ from nodeagent.engines.simulator.engine_model import (
     StepOutcome,
 )
 from nodeagent.engines.simulator.settings import EngineLimits, StepTiming
+from nodeagent.kv_events.block_hash import ROOT_HASH
 
 
 def request(prompt: list[int], output_tokens: int = 1, cache_salt: str | None = None) -> SequenceRequest:
@@ -57,11 +57,6 @@ def make(timing: StepTiming | None = None, **changes: int) -> Clock:
 def test_hash_chain_starts_where_vllm_starts() -> None:
     assert ROOT_HASH.hex().startswith("066b1e89")
     assert ROOT_HASH.hex().endswith("d71198")
-
-
-def test_salt_enters_the_first_block_only() -> None:
-    assert block_hash(None, [1], "a") != block_hash(None, [1], None)
-    assert block_hash(b"x", [1], "a") == block_hash(b"x", [1], None)
 
 
 def test_first_token_takes_the_uncached_prompt_and_decoding_the_batch() -> None:

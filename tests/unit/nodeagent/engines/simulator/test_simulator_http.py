@@ -261,7 +261,7 @@ async def test_a_client_that_leaves_frees_its_place(serve: Serve, streaming: boo
     asking.cancel()
     with pytest.raises(asyncio.CancelledError):
         await asking
-    await eventually(lambda: simulator.driver.active_requests == 0)
+    await eventually(lambda: simulator.engine.active_requests == 0)
     assert simulator.model.pool.held_blocks == 0
     assert await simulator.metric("vllm:num_requests_running") == 0
     assert await simulator.metric("vllm:kv_cache_usage_perc") == 0

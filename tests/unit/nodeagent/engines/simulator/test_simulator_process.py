@@ -131,7 +131,9 @@ async def test_a_signal_during_start_up_ends_it() -> None:
 
 
 async def test_start_up_imports_nothing_heavy() -> None:
-    heavy = "{'aiohttp', 'pydantic', 'structlog', 'typer', 'prometheus_client', 'grpc', 'core'}"
+    heavy = (
+        "{'aiohttp', 'pydantic', 'structlog', 'typer', 'prometheus_client', 'grpc', 'core', 'zmq', 'msgspec'}"
+    )
     code = (
         "import sys, nodeagent.engines.simulator.__main__, nodeagent.engines.simulator.process;"
         f"print(sorted({heavy} & set(sys.modules)))"
@@ -142,3 +144,61 @@ async def test_start_up_imports_nothing_heavy() -> None:
     async with asyncio.timeout(10):
         output, _ = await process.communicate()
     assert output.decode().strip() == "[]"
+
+
+async def test_a_fleet_is_one_process_with_engines_of_their_own(launch: Launch) -> None:
+    simulator = await launch("--fleet", "3")
+    urls = [line.split()[-1] for line in simulator.lines if "http://" in line]
+    assert len(set(urls)) == 3
+    for url in urls:
+        assert (await chat(url))[0] == 200
+        assert await _prompts(url) == 1
+    assert await simulator.stop() == 0
+
+
+async def test_the_death_of_one_engine_leaves_the_rest_of_its_fleet(launch: Launch) -> None:
+    flags = ("--fleet", "2", "--mid-stream-death-after-tokens", "2", "--death-linger-seconds", "0")
+    simulator = await launch(*flags)
+    first, second = [line.split()[-1] for line in simulator.lines if "http://" in line]
+    await chat(first, stream=True)
+    await eventually(lambda: _refuses(first))
+    async with aiohttp.ClientSession() as client, client.get(f"{second}/health") as response:
+        assert response.status == 200
+    await chat(second, stream=True)
+    async with asyncio.timeout(5):
+        assert await simulator.process.wait() == 1
+
+
+async def test_while_it_drains_it_is_healthy_and_refuses_with_500(launch: Launch) -> None:
+    simulator = await launch("--shutdown-timeout", "10", "--inter-token-latency-ms", "10")
+    asking = asyncio.create_task(chat(simulator.url, max_tokens=50))
+    await eventually(lambda: _running(simulator.url))
+    simulator.process.terminate()
+
+    async def refused() -> bool:
+        status, text = await chat(simulator.url, max_tokens=1)
+        return status == 500 and "cannot schedule new futures after shutdown" in text
+
+    await eventually(refused)
+    async with aiohttp.ClientSession() as client, client.get(f"{simulator.url}/health") as response:
+        assert response.status == 200
+    assert (await asking)[0] == 200
+    async with asyncio.timeout(10):
+        assert await simulator.process.wait() == 0
+
+
+async def _refuses(url: str) -> bool:
+    try:
+        await chat(url)
+    except aiohttp.ClientConnectorError:
+        return True
+    except aiohttp.ClientError:
+        return False
+    return False
+
+
+async def _prompts(url: str) -> float:
+    async with aiohttp.ClientSession() as client, client.get(f"{url}/metrics") as response:
+        lines = (await response.text()).splitlines()
+    line = next(line for line in lines if line.startswith("vllm:request_prompt_tokens_count"))
+    return float(line.rpartition(" ")[2])
