@@ -20,13 +20,15 @@ CREDENTIAL_LENGTH_MAX = 512
 
 
 class Role(IntEnum):
-    """What a principal may do; a larger role includes the smaller ones, except AGENT."""
+    """What a principal may do; a larger role includes the smaller ones, except AGENT and ROUTER."""
 
     VIEWER = 10
     OPERATOR = 20
     ADMIN = 30
     # Stands beside the others: an agent may report, and may not read or declare anything.
     AGENT = -1
+    # Beside the others as well: a router may read what it routes by, and nothing else.
+    ROUTER = -2
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,9 +87,12 @@ class TokenAuthenticator:
         return found
 
 
+_BESIDE = frozenset({Role.AGENT, Role.ROUTER})
+
+
 def allows(role: Role, required: Role) -> bool:
     """Tells whether a role may do what needs `required`."""
-    if Role.AGENT in (role, required):
-        # An admin can stand in for an agent: operators debug with the one token they have.
-        return role == required or (required is Role.AGENT and role is Role.ADMIN)
+    if role in _BESIDE or required in _BESIDE:
+        # An admin can stand in for an agent or a router: operators debug with the one token they have.
+        return role == required or (required in _BESIDE and role is Role.ADMIN)
     return role >= required

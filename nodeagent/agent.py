@@ -29,6 +29,7 @@ from nodeagent.engines.registry import EngineAdapters, default_adapters
 from nodeagent.health import EngineProbe
 from nodeagent.inventory import Inventory
 from nodeagent.journal import Journal
+from nodeagent.kv_events.registry import KvEvents
 from nodeagent.lifecycle import Lifecycle, LifecycleLimits
 from nodeagent.metrics import AgentMetrics
 from nodeagent.reporting import Reporter
@@ -118,6 +119,9 @@ class Agent:
             inventory=self.inventory,
             clock=clock,
         )
+        self._kv_events = KvEvents(
+            replicas=self.supervisor.replicas.values, sources=probe.kv_event_sources, clock=clock
+        )
         self._clock = clock
         self._server: RpcServer | None = None
         self._runner: web.AppRunner | None = None
@@ -154,6 +158,7 @@ class Agent:
             services = {
                 "session": self.session.run(),
                 "stats": self._stats.run(),
+                "kv-events": self._kv_events.run(),
                 "log-rotation": self._rotate_logs(),
             }
             await run_services(services, stop=stop, on_stop=self._on_stop)
@@ -199,7 +204,10 @@ class Agent:
 
     def _register(self, server: grpc.aio.Server) -> None:
         servicer = NodeAgentServicer(
-            inventory=self.inventory, supervisor=self.supervisor, log_directory=self._log_directory
+            inventory=self.inventory,
+            supervisor=self.supervisor,
+            log_directory=self._log_directory,
+            kv_events=self._kv_events,
         )
         node_agent_service_pb2_grpc.add_NodeAgentServiceServicer_to_server(servicer, server)
 
@@ -247,10 +255,12 @@ def _device_sources(settings: AgentSettings) -> list[DeviceSource]:
 
 
 def _adapters(settings: AgentSettings, sources: list[DeviceSource]) -> EngineAdapters:
+    sockets = settings.data_directory.absolute() / "sockets"
     return default_adapters(
         engine_directory=settings.engine_directory,
         device_kinds=frozenset(device.kind for source in sources for device in source.devices()),
         cpu_threads=settings.cpu_threads or default_cpu_threads(),
+        socket_directory=sockets,
     )
 
 
@@ -258,4 +268,6 @@ def _principals(settings: AgentSettings) -> dict[str, Principal]:
     principals = {read_token(settings.fleet_token_file): Principal("fleet", Role.AGENT)}
     if settings.admin_token_file is not None:
         principals[read_token(settings.admin_token_file)] = Principal("admin", Role.ADMIN)
+    if settings.router_token_file is not None:
+        principals[read_token(settings.router_token_file)] = Principal("router", Role.ROUTER)
     return principals

@@ -13,6 +13,8 @@ from core.identity import Role
 from nodeagent import logs
 from nodeagent.inventory import Inventory
 from nodeagent.journal import is_replica_name
+from nodeagent.kv_events.registry import KvEvents
+from nodeagent.kv_events.stream import follow
 from nodeagent.supervisor import Supervisor
 
 SERVICE = "millrace.agent.v1.NodeAgentService"
@@ -20,16 +22,20 @@ POLICY: Mapping[str, Role] = {
     f"/{SERVICE}/GetInventory": Role.AGENT,
     f"/{SERVICE}/ListEngines": Role.AGENT,
     f"/{SERVICE}/StreamLogs": Role.AGENT,
+    f"/{SERVICE}/StreamKvEvents": Role.ROUTER,
 }
 TAIL_LINES_DEFAULT = 100
 TAIL_LINES_MAX = 10_000
 
 
 class NodeAgentServicer(node_agent_service_pb2_grpc.NodeAgentServiceServicer):
-    """Serves inventory, engines and logs."""
+    """Serves inventory, engines, logs and KV events."""
 
-    def __init__(self, *, inventory: Inventory, supervisor: Supervisor, log_directory: Path) -> None:
+    def __init__(
+        self, *, inventory: Inventory, supervisor: Supervisor, log_directory: Path, kv_events: KvEvents
+    ) -> None:
         """Takes what it answers from."""
+        self._kv_events = kv_events
         self._inventory = inventory
         self._supervisor = supervisor
         self._log_directory = log_directory
@@ -75,6 +81,25 @@ class NodeAgentServicer(node_agent_service_pb2_grpc.NodeAgentServiceServicer):
                 yield messages.StreamLogsResponse(progress=True)
             else:
                 yield messages.StreamLogsResponse(line=followed)
+
+    async def StreamKvEvents(  # noqa: N802 - gRPC's name
+        self,
+        request: messages.StreamKvEventsRequest,
+        context: Any,  # noqa: ARG002 - gRPC's signature
+    ) -> AsyncIterator[messages.StreamKvEventsResponse]:
+        """Streams which blocks an engine's cache holds.
+
+        Raises:
+            NotFound: No such replica is here.
+            FailedPrecondition: It publishes no KV events, or has no such rank.
+            Unavailable: It is not known yet whether it does.
+        """
+        if request.replica not in self._supervisor.replicas:
+            name = request.replica[:80]
+            raise errors.NotFound(f"no replica {name!r} on this node", metadata={"replica": name})
+        mirror = self._kv_events.mirror(request.replica, request.data_parallel_rank)
+        async for message in follow(mirror, request.epoch, request.sequence):
+            yield message
 
     def _find_log(self, replica: str) -> Path:
         """Finds a log: of a replica that is here, or of one that ended and is still kept."""

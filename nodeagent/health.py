@@ -15,6 +15,8 @@ import aiohttp
 import orjson
 from millrace.core.v1 import replica_pb2
 
+from core import errors
+
 LIVENESS_TIMEOUT_SECONDS = 2.0
 # A warm engine answers one token in milliseconds; behind a full queue it may take seconds.
 CANARY_TIMEOUT_SECONDS = 10.0
@@ -91,6 +93,22 @@ class EngineProbe:
         """Reads GET /metrics."""
         outcome, body = await self._ask("GET", f"{url}/metrics", timeout_seconds=SCRAPE_TIMEOUT_SECONDS)
         return outcome, body.decode("utf-8", "replace") if outcome.ok else ""
+
+    async def kv_event_sources(self, url: str) -> Any:
+        """Asks where the engine publishes KV events; None for an engine that does not know the question.
+
+        Raises:
+            Unavailable: The engine does not answer.
+            ValueError: The answer is no JSON.
+        """
+        outcome, body = await self._ask(
+            "GET", f"{url}/kv_event_sources", timeout_seconds=FACTS_TIMEOUT_SECONDS
+        )
+        if outcome.absent:
+            return None
+        if not outcome.ok:
+            raise errors.Unavailable(outcome.reason)
+        return orjson.loads(body)
 
     async def _ask(
         self, method: str, url: str, *, timeout_seconds: float, json_body: dict[str, Any] | None = None

@@ -49,6 +49,9 @@ class AgentSettings(LogOptions, TlsOptions):
     admin_token_file: Path | None = Field(
         None, description="File with the admin token; lets an operator call NodeAgentService too."
     )
+    router_token_file: Path | None = Field(
+        None, description="File with the token that routers show; lets them stream engines' KV events."
+    )
     data_directory: Path = Field(
         Path(".millrace/nodeagent"), description="Journal and engine logs; outlives the agent."
     )
@@ -97,7 +100,7 @@ class AgentSettings(LogOptions, TlsOptions):
             raise ValueError(error.violations[0].description) from error
         return value
 
-    @field_validator("fleet_token_file", "admin_token_file")
+    @field_validator("fleet_token_file", "admin_token_file", "router_token_file")
     @classmethod
     def _check_token_file(cls, value: Path | None) -> Path | None:
         if value is not None:

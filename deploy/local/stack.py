@@ -42,6 +42,7 @@ class Stack:
         self._report = report
         self._admin_token_file = token_file(options, "admin_token")
         self._fleet_token_file = token_file(options, "fleet_token")
+        self._router_token_file = token_file(options, "router_token")
         self._declared: Declared | None = None
         self.programs: dict[str, Program] = {}
         self._keepers: list[asyncio.Task[None]] = []
@@ -203,6 +204,7 @@ class Stack:
             f"--data-directory={options.directory / 'nodeagent'}",
             f"--engine-directory={options.engines}",
             f"--fleet-token-file={self._fleet_token_file}",
+            f"--router-token-file={self._router_token_file}",
             "--stop-engines-on-exit",
         ]
 

@@ -14,11 +14,11 @@ EngineAdapters = Mapping[int, EngineAdapter]
 
 
 def default_adapters(
-    *, engine_directory: Path, device_kinds: frozenset[int], cpu_threads: int
+    *, engine_directory: Path, device_kinds: frozenset[int], cpu_threads: int, socket_directory: Path
 ) -> EngineAdapters:
     """Builds the adapters of all engines that this agent knows."""
     return {
-        types_pb2.ENGINE_VLLM: VllmAdapter(engine_directory, device_kinds, cpu_threads),
+        types_pb2.ENGINE_VLLM: VllmAdapter(engine_directory, device_kinds, cpu_threads, socket_directory),
         types_pb2.ENGINE_EXTERNAL: ExternalAdapter(),
-        types_pb2.ENGINE_SIMULATOR: SimulatorAdapter(),
+        types_pb2.ENGINE_SIMULATOR: SimulatorAdapter(socket_directory),
     }

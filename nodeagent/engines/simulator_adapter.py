@@ -6,21 +6,31 @@ It needs no model files and runs in the agent's own Python environment, as a pro
 import importlib.util
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from millrace.core.v1 import node_pb2, replica_pb2, stats_pb2, types_pb2
 
 from core import VERSION
 from nodeagent.engines.arguments import ArgumentValue, merge_arguments, to_argv
 from nodeagent.engines.base import ClaimedDevice, LaunchCommand
+from nodeagent.engines.kv_events import OPTION as KV_EVENTS_OPTION
+from nodeagent.engines.kv_events import kv_events_config
 from nodeagent.engines.metrics_text import VLLM_NAMES, parse_stats
 
 _MODULE = "nodeagent.engines.simulator"
 # Placement facts of the real engine that a simulated one has no use for.
-_IGNORED = ("tensor-parallel-size", "gpu-memory-utilization", "kv-cache-memory-bytes", "dtype")
+_IGNORED = (
+    *("tensor-parallel-size", "gpu-memory-utilization", "kv-cache-memory-bytes", "dtype"),
+    KV_EVENTS_OPTION,
+)
 
 
 class SimulatorAdapter:
     """Starts `millrace-simulator`."""
+
+    def __init__(self, socket_directory: Path | None = None) -> None:
+        """Takes where engines open sockets for their KV events."""
+        self._socket_directory = socket_directory
 
     def environments(self) -> Sequence[node_pb2.EngineEnvironment]:
         """The simulator comes with the agent and runs on a CPU share."""
@@ -62,8 +72,7 @@ class SimulatorAdapter:
         """Reads the simulator's metrics page, which has vLLM's names."""
         return parse_stats(text, VLLM_NAMES)
 
-    @staticmethod
-    def _arguments(launch: replica_pb2.LaunchSpec, *, host: str, port: int) -> dict[str, ArgumentValue]:
+    def _arguments(self, launch: replica_pb2.LaunchSpec, *, host: str, port: int) -> dict[str, ArgumentValue]:
         computed: dict[str, ArgumentValue] = {
             "model": launch.model,
             "served-model-name": launch.served_model_name,
@@ -72,4 +81,7 @@ class SimulatorAdapter:
         }
         if launch.max_model_len > 0:
             computed["max-model-len"] = str(launch.max_model_len)
+        computed["kv-events-config"] = kv_events_config(
+            launch.extra_args, port=port, socket_directory=self._socket_directory
+        )
         return merge_arguments(computed, launch.extra_args, ignored=_IGNORED)

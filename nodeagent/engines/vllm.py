@@ -14,6 +14,8 @@ from millrace.core.v1 import node_pb2, replica_pb2, stats_pb2, types_pb2
 
 from nodeagent.engines.arguments import ArgumentValue, merge_arguments, to_argv
 from nodeagent.engines.base import CannotStart, ClaimedDevice, LaunchCommand, device_kind
+from nodeagent.engines.kv_events import OPTION as KV_EVENTS_OPTION
+from nodeagent.engines.kv_events import kv_events_config
 from nodeagent.engines.metrics_text import VLLM_NAMES, parse_stats
 
 _MODULE = "vllm.entrypoints.openai.api_server"
@@ -42,11 +44,13 @@ class VllmAdapter:
         engine_directory: Holds the builds.
         device_kinds: Kinds of device that this machine has.
         cpu_threads: OpenMP threads of one CPU engine.
+        socket_directory: Where engines open sockets for their KV events.
     """
 
     engine_directory: Path
     device_kinds: frozenset[int]
     cpu_threads: int = 1
+    socket_directory: Path | None = None
 
     def environments(self) -> Sequence[node_pb2.EngineEnvironment]:
         """Lists the builds that the devices of this machine could use."""
@@ -134,7 +138,10 @@ class VllmAdapter:
             else:
                 # On the CPU build this flag is the share of main memory, despite its name.
                 computed["gpu-memory-utilization"] = utilization
-        return merge_arguments(computed, launch.extra_args)
+        computed["kv-events-config"] = kv_events_config(
+            launch.extra_args, port=port, socket_directory=self.socket_directory
+        )
+        return merge_arguments(computed, launch.extra_args, ignored=(KV_EVENTS_OPTION,))
 
     def _directory(self, kind: types_pb2.DeviceKind.ValueType) -> Path:
         if kind not in _BUILDS:

@@ -352,25 +352,19 @@ class HttpServer:
             sys.stderr.write(f"ERROR: {request.method} {request.path}: {error!r}\n")
             return HttpResponse(500, b"Internal Server Error", "text/plain; charset=utf-8")
 
-    def stop_accepting(self) -> None:
-        """Closes the port and idle connections; requests that are being answered go on."""
-        self.closing = True
-        if self._server is not None:
-            self._server.close()
-        for connection in self._connections:
-            if not connection.busy:
-                connection.close()
-
     async def wait_until_idle(self) -> None:
         """Returns once no request is being answered."""
         await self._wait_until(lambda: not any(item.busy for item in self._connections))
 
     async def close(self) -> None:
         """Cancels what is being answered and waits until every connection is gone."""
-        self.stop_accepting()
+        self.closing = True
+        await self._stop_accepting()
         for connection in self._connections:
             if connection.busy:
                 connection.abandon()
+            else:
+                connection.close()
         try:
             async with asyncio.timeout(CLOSE_SECONDS):
                 await self._wait_until(lambda: not self._connections)
@@ -378,6 +372,18 @@ class HttpServer:
             for connection in self._connections:
                 connection.abandon()
             await self._wait_until(lambda: not self._connections)
+
+    async def _stop_accepting(self) -> None:
+        if self._server is None:
+            return
+        loop = asyncio.get_running_loop()
+        for each in self._server.sockets:
+            loop.remove_reader(each.fileno())
+        # asyncio makes a transport one turn after it accepted, and leaks the socket of a connection
+        # whose server is closed by then: its client would wait for ever.
+        for _ in range(3):
+            await asyncio.sleep(0)
+        self._server.close()
 
     async def _wait_until(self, holds: Callable[[], bool]) -> None:
         while not holds():

@@ -60,6 +60,12 @@ def test_an_authenticator_knows_its_tokens_only() -> None:
         (Role.AGENT, Role.AGENT, True),
         (Role.ADMIN, Role.AGENT, True),
         (Role.OPERATOR, Role.AGENT, False),
+        (Role.ROUTER, Role.ROUTER, True),
+        (Role.ADMIN, Role.ROUTER, True),
+        (Role.ROUTER, Role.VIEWER, False),
+        (Role.ROUTER, Role.AGENT, False),
+        (Role.AGENT, Role.ROUTER, False),
+        (Role.OPERATOR, Role.ROUTER, False),
     ],
 )
 def test_roles(role: Role, required: Role, *, allowed: bool) -> None:

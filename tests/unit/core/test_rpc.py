@@ -49,6 +49,9 @@ class Servicer(node_agent_service_pb2_grpc.NodeAgentServiceServicer):
             [errors.FieldViolation("replica", "unknown"), errors.FieldViolation("tail_lines", "too many")]
         )
 
+    def StreamKvEvents(self, request: Any, context: Any) -> Any:  # noqa: N802 - gRPC
+        raise NotImplementedError
+
 
 @pytest_asyncio.fixture
 async def channel() -> AsyncIterator[grpc.aio.Channel]:

@@ -26,13 +26,15 @@ from millrace.core.v1 import node_pb2 as millrace_dot_core_dot_v1_dot_node__pb2
 from millrace.core.v1 import replica_pb2 as millrace_dot_core_dot_v1_dot_replica__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n*millrace/agent/v1/node_agent_service.proto\x12\x11millrace.agent.v1\x1a\x1bmillrace/core/v1/node.proto\x1a\x1emillrace/core/v1/replica.proto\"\x15\n\x13GetInventoryRequest\"J\n\x14GetInventoryResponse\x12\x32\n\tinventory\x18\x01 \x01(\x0b\x32\x1f.millrace.core.v1.NodeInventory\"\x14\n\x12ListEnginesRequest\"M\n\x13ListEnginesResponse\x12\x36\n\x08replicas\x18\x01 \x03(\x0b\x32$.millrace.core.v1.ReplicaObservation\"H\n\x11StreamLogsRequest\x12\x0f\n\x07replica\x18\x01 \x01(\t\x12\x12\n\ntail_lines\x18\x02 \x01(\x05\x12\x0e\n\x06\x66ollow\x18\x03 \x01(\x08\"4\n\x12StreamLogsResponse\x12\x0c\n\x04line\x18\x01 \x01(\t\x12\x10\n\x08progress\x18\x02 \x01(\x08\x32\xae\x02\n\x10NodeAgentService\x12_\n\x0cGetInventory\x12&.millrace.agent.v1.GetInventoryRequest\x1a\'.millrace.agent.v1.GetInventoryResponse\x12\\\n\x0bListEngines\x12%.millrace.agent.v1.ListEnginesRequest\x1a&.millrace.agent.v1.ListEnginesResponse\x12[\n\nStreamLogs\x12$.millrace.agent.v1.StreamLogsRequest\x1a%.millrace.agent.v1.StreamLogsResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n*millrace/agent/v1/node_agent_service.proto\x12\x11millrace.agent.v1\x1a\x1bmillrace/core/v1/node.proto\x1a\x1emillrace/core/v1/replica.proto\"\x15\n\x13GetInventoryRequest\"J\n\x14GetInventoryResponse\x12\x32\n\tinventory\x18\x01 \x01(\x0b\x32\x1f.millrace.core.v1.NodeInventory\"\x14\n\x12ListEnginesRequest\"M\n\x13ListEnginesResponse\x12\x36\n\x08replicas\x18\x01 \x03(\x0b\x32$.millrace.core.v1.ReplicaObservation\"H\n\x11StreamLogsRequest\x12\x0f\n\x07replica\x18\x01 \x01(\t\x12\x12\n\ntail_lines\x18\x02 \x01(\x05\x12\x0e\n\x06\x66ollow\x18\x03 \x01(\x08\"4\n\x12StreamLogsResponse\x12\x0c\n\x04line\x18\x01 \x01(\t\x12\x10\n\x08progress\x18\x02 \x01(\x08\"e\n\x15StreamKvEventsRequest\x12\x0f\n\x07replica\x18\x01 \x01(\t\x12\x1a\n\x12\x64\x61ta_parallel_rank\x18\x02 \x01(\x05\x12\r\n\x05\x65poch\x18\x03 \x01(\t\x12\x10\n\x08sequence\x18\x04 \x01(\x04\"\xfa\x01\n\x16StreamKvEventsResponse\x12\r\n\x05\x65poch\x18\x01 \x01(\t\x12\x10\n\x08sequence\x18\x02 \x01(\x04\x12:\n\rsnapshot_part\x18\x03 \x01(\x0b\x32!.millrace.agent.v1.KvSnapshotPartH\x00\x12\x38\n\x0csnapshot_end\x18\x04 \x01(\x0b\x32 .millrace.agent.v1.KvSnapshotEndH\x00\x12-\n\x06\x63hange\x18\x05 \x01(\x0b\x32\x1b.millrace.agent.v1.KvChangeH\x00\x12\x12\n\x08progress\x18\x06 \x01(\x08H\x00\x42\x06\n\x04kind\"&\n\x0eKvSnapshotPart\x12\x14\n\x0c\x62lock_hashes\x18\x01 \x03(\x06\"\x82\x01\n\rKvSnapshotEnd\x12\x13\n\x0bincarnation\x18\x01 \x01(\t\x12\x14\n\x0c\x62lock_tokens\x18\x02 \x01(\x05\x12\x34\n\x0bhash_scheme\x18\x03 \x01(\x0e\x32\x1f.millrace.agent.v1.KvHashScheme\x12\x10\n\x08\x63omplete\x18\x04 \x01(\x08\"V\n\x08KvChange\x12\x0f\n\x07\x63leared\x18\x01 \x01(\x08\x12\x1c\n\x14removed_block_hashes\x18\x02 \x03(\x06\x12\x1b\n\x13stored_block_hashes\x18\x03 \x03(\x06*j\n\x0cKvHashScheme\x12\x1e\n\x1aKV_HASH_SCHEME_UNSPECIFIED\x10\x00\x12 \n\x1cKV_HASH_SCHEME_SHA256_PICKLE\x10\x01\x12\x18\n\x14KV_HASH_SCHEME_OTHER\x10\x02\x32\x97\x03\n\x10NodeAgentService\x12_\n\x0cGetInventory\x12&.millrace.agent.v1.GetInventoryRequest\x1a\'.millrace.agent.v1.GetInventoryResponse\x12\\\n\x0bListEngines\x12%.millrace.agent.v1.ListEnginesRequest\x1a&.millrace.agent.v1.ListEnginesResponse\x12[\n\nStreamLogs\x12$.millrace.agent.v1.StreamLogsRequest\x1a%.millrace.agent.v1.StreamLogsResponse0\x01\x12g\n\x0eStreamKvEvents\x12(.millrace.agent.v1.StreamKvEventsRequest\x1a).millrace.agent.v1.StreamKvEventsResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'millrace.agent.v1.node_agent_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_KVHASHSCHEME']._serialized_start=1071
+  _globals['_KVHASHSCHEME']._serialized_end=1177
   _globals['_GETINVENTORYREQUEST']._serialized_start=126
   _globals['_GETINVENTORYREQUEST']._serialized_end=147
   _globals['_GETINVENTORYRESPONSE']._serialized_start=149
@@ -45,6 +47,16 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_STREAMLOGSREQUEST']._serialized_end=398
   _globals['_STREAMLOGSRESPONSE']._serialized_start=400
   _globals['_STREAMLOGSRESPONSE']._serialized_end=452
-  _globals['_NODEAGENTSERVICE']._serialized_start=455
-  _globals['_NODEAGENTSERVICE']._serialized_end=757
+  _globals['_STREAMKVEVENTSREQUEST']._serialized_start=454
+  _globals['_STREAMKVEVENTSREQUEST']._serialized_end=555
+  _globals['_STREAMKVEVENTSRESPONSE']._serialized_start=558
+  _globals['_STREAMKVEVENTSRESPONSE']._serialized_end=808
+  _globals['_KVSNAPSHOTPART']._serialized_start=810
+  _globals['_KVSNAPSHOTPART']._serialized_end=848
+  _globals['_KVSNAPSHOTEND']._serialized_start=851
+  _globals['_KVSNAPSHOTEND']._serialized_end=981
+  _globals['_KVCHANGE']._serialized_start=983
+  _globals['_KVCHANGE']._serialized_end=1069
+  _globals['_NODEAGENTSERVICE']._serialized_start=1180
+  _globals['_NODEAGENTSERVICE']._serialized_end=1587
 # @@protoc_insertion_point(module_scope)

@@ -7,6 +7,7 @@ from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from millrace.core.v1 import node_pb2 as _node_pb2
 from millrace.core.v1 import replica_pb2 as _replica_pb2
 import builtins as _builtins
@@ -19,6 +20,30 @@ else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class _KvHashScheme:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _KvHashSchemeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_KvHashScheme.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    KV_HASH_SCHEME_UNSPECIFIED: _KvHashScheme.ValueType  # 0
+    """Not known yet: no first block of a chain has been seen."""
+    KV_HASH_SCHEME_SHA256_PICKLE: _KvHashScheme.ValueType  # 1
+    """vLLM's default: SHA-256 over pickle, chained from the constant root. They can be computed elsewhere."""
+    KV_HASH_SCHEME_OTHER: _KvHashScheme.ValueType  # 2
+    """Something else: the hashes cannot be computed from tokens."""
+
+class KvHashScheme(_KvHashScheme, metaclass=_KvHashSchemeEnumTypeWrapper):
+    """KvHashScheme says how an engine makes its hashes."""
+
+KV_HASH_SCHEME_UNSPECIFIED: KvHashScheme.ValueType  # 0
+"""Not known yet: no first block of a chain has been seen."""
+KV_HASH_SCHEME_SHA256_PICKLE: KvHashScheme.ValueType  # 1
+"""vLLM's default: SHA-256 over pickle, chained from the constant root. They can be computed elsewhere."""
+KV_HASH_SCHEME_OTHER: KvHashScheme.ValueType  # 2
+"""Something else: the hashes cannot be computed from tokens."""
+Global___KvHashScheme: _TypeAlias = KvHashScheme  # noqa: Y015
 
 @_typing.final
 class GetInventoryRequest(_message.Message):
@@ -157,3 +182,186 @@ class StreamLogsResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___StreamLogsResponse: _TypeAlias = StreamLogsResponse  # noqa: Y015
+
+@_typing.final
+class StreamKvEventsRequest(_message.Message):
+    """StreamKvEventsRequest selects a cache, and where to go on from."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REPLICA_FIELD_NUMBER: _builtins.int
+    DATA_PARALLEL_RANK_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
+    SEQUENCE_FIELD_NUMBER: _builtins.int
+    replica: _builtins.str
+    """Replica."""
+    data_parallel_rank: _builtins.int
+    """Data-parallel rank; each has a cache of its own."""
+    epoch: _builtins.str
+    """Epoch of the last message that was applied; empty begins with a snapshot."""
+    sequence: _builtins.int
+    """Sequence of the last message that was applied. Where the agent still has what follows it in the same
+    epoch, the stream goes on with changes, else it begins with a snapshot.
+    """
+    def __init__(
+        self,
+        *,
+        replica: _builtins.str = ...,
+        data_parallel_rank: _builtins.int = ...,
+        epoch: _builtins.str = ...,
+        sequence: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data_parallel_rank", b"data_parallel_rank", "epoch", b"epoch", "replica", b"replica", "sequence", b"sequence"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StreamKvEventsRequest: _TypeAlias = StreamKvEventsRequest  # noqa: Y015
+
+@_typing.final
+class StreamKvEventsResponse(_message.Message):
+    """StreamKvEventsResponse is one step of keeping a copy of an engine's present blocks.
+
+    A block is known by the low 64 bits of its hash, which stands for the whole prefix up to its end. A
+    snapshot may come at any time, also in place of changes that the agent no longer has: whoever gets a part
+    of a snapshot after anything else than a part forgets what it knew.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EPOCH_FIELD_NUMBER: _builtins.int
+    SEQUENCE_FIELD_NUMBER: _builtins.int
+    SNAPSHOT_PART_FIELD_NUMBER: _builtins.int
+    SNAPSHOT_END_FIELD_NUMBER: _builtins.int
+    CHANGE_FIELD_NUMBER: _builtins.int
+    PROGRESS_FIELD_NUMBER: _builtins.int
+    epoch: _builtins.str
+    """Numbering that sequence belongs to; another epoch is another numbering and begins with a snapshot."""
+    sequence: _builtins.int
+    """Number of the last change that is contained."""
+    progress: _builtins.bool
+    """True: nothing new, only a sign of life."""
+    @_builtins.property
+    def snapshot_part(self) -> Global___KvSnapshotPart:
+        """Some of the present blocks; at least one part comes before a snapshot's end."""
+
+    @_builtins.property
+    def snapshot_end(self) -> Global___KvSnapshotEnd:
+        """The snapshot is complete."""
+
+    @_builtins.property
+    def change(self) -> Global___KvChange:
+        """What changed after the message before."""
+
+    def __init__(
+        self,
+        *,
+        epoch: _builtins.str = ...,
+        sequence: _builtins.int = ...,
+        snapshot_part: Global___KvSnapshotPart | None = ...,
+        snapshot_end: Global___KvSnapshotEnd | None = ...,
+        change: Global___KvChange | None = ...,
+        progress: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["change", b"change", "kind", b"kind", "progress", b"progress", "snapshot_end", b"snapshot_end", "snapshot_part", b"snapshot_part"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["change", b"change", "epoch", b"epoch", "kind", b"kind", "progress", b"progress", "sequence", b"sequence", "snapshot_end", b"snapshot_end", "snapshot_part", b"snapshot_part"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["snapshot_part", "snapshot_end", "change", "progress"]  # noqa: Y015
+    _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
+
+Global___StreamKvEventsResponse: _TypeAlias = StreamKvEventsResponse  # noqa: Y015
+
+@_typing.final
+class KvSnapshotPart(_message.Message):
+    """KvSnapshotPart lists present blocks."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BLOCK_HASHES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def block_hashes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Low 64 bits of their hashes."""
+
+    def __init__(
+        self,
+        *,
+        block_hashes: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_hashes", b"block_hashes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KvSnapshotPart: _TypeAlias = KvSnapshotPart  # noqa: Y015
+
+@_typing.final
+class KvSnapshotEnd(_message.Message):
+    """KvSnapshotEnd says what the snapshot is of."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INCARNATION_FIELD_NUMBER: _builtins.int
+    BLOCK_TOKENS_FIELD_NUMBER: _builtins.int
+    HASH_SCHEME_FIELD_NUMBER: _builtins.int
+    COMPLETE_FIELD_NUMBER: _builtins.int
+    incarnation: _builtins.str
+    """Identity of this run of the engine."""
+    block_tokens: _builtins.int
+    """Tokens a block; 0 means not known yet."""
+    hash_scheme: Global___KvHashScheme.ValueType
+    """How hashes are made."""
+    complete: _builtins.bool
+    """True: contains all blocks that the engine holds. False: the past was not to be had, so more may be there."""
+    def __init__(
+        self,
+        *,
+        incarnation: _builtins.str = ...,
+        block_tokens: _builtins.int = ...,
+        hash_scheme: Global___KvHashScheme.ValueType = ...,
+        complete: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_tokens", b"block_tokens", "complete", b"complete", "hash_scheme", b"hash_scheme", "incarnation", b"incarnation"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KvSnapshotEnd: _TypeAlias = KvSnapshotEnd  # noqa: Y015
+
+@_typing.final
+class KvChange(_message.Message):
+    """KvChange is a net change: no hash is in both lists."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CLEARED_FIELD_NUMBER: _builtins.int
+    REMOVED_BLOCK_HASHES_FIELD_NUMBER: _builtins.int
+    STORED_BLOCK_HASHES_FIELD_NUMBER: _builtins.int
+    cleared: _builtins.bool
+    """True: forget all blocks first."""
+    @_builtins.property
+    def removed_block_hashes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Blocks that are gone."""
+
+    @_builtins.property
+    def stored_block_hashes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Blocks that are new."""
+
+    def __init__(
+        self,
+        *,
+        cleared: _builtins.bool = ...,
+        removed_block_hashes: _abc.Iterable[_builtins.int] | None = ...,
+        stored_block_hashes: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cleared", b"cleared", "removed_block_hashes", b"removed_block_hashes", "stored_block_hashes", b"stored_block_hashes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KvChange: _TypeAlias = KvChange  # noqa: Y015

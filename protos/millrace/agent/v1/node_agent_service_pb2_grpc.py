@@ -27,7 +27,8 @@ if _version_not_supported:
 
 class NodeAgentServiceStub:
     """NodeAgentService answers questions about one machine. It takes no orders: those come through the session
-    that the agent opened. Calls carry the fleet token or an admin token.
+    that the agent opened. Calls carry the fleet token or an admin token; StreamKvEvents carries the router
+    token or an admin token.
     """
 
     def __init__(self, channel):
@@ -51,11 +52,17 @@ class NodeAgentServiceStub:
                 request_serializer=millrace_dot_agent_dot_v1_dot_node__agent__service__pb2.StreamLogsRequest.SerializeToString,
                 response_deserializer=millrace_dot_agent_dot_v1_dot_node__agent__service__pb2.StreamLogsResponse.FromString,
                 _registered_method=True)
+        self.StreamKvEvents = channel.unary_stream(
+                '/millrace.agent.v1.NodeAgentService/StreamKvEvents',
+                request_serializer=millrace_dot_agent_dot_v1_dot_node__agent__service__pb2.StreamKvEventsRequest.SerializeToString,
+                response_deserializer=millrace_dot_agent_dot_v1_dot_node__agent__service__pb2.StreamKvEventsResponse.FromString,
+                _registered_method=True)
 
 
 class NodeAgentServiceServicer:
     """NodeAgentService answers questions about one machine. It takes no orders: those come through the session
-    that the agent opened. Calls carry the fleet token or an admin token.
+    that the agent opened. Calls carry the fleet token or an admin token; StreamKvEvents carries the router
+    token or an admin token.
     """
 
     def GetInventory(self, request, context):
@@ -79,6 +86,15 @@ class NodeAgentServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def StreamKvEvents(self, request, context):
+        """Streams which blocks an engine's prefix cache holds: parts of a snapshot, its end, then changes. The
+        stream ends when the engine has ended. Errors: NOT_FOUND (no such replica here), FAILED_PRECONDITION
+        (the engine publishes no KV events, or has no such rank), UNAVAILABLE (not known yet: try again).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_NodeAgentServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -97,6 +113,11 @@ def add_NodeAgentServiceServicer_to_server(servicer, server):
                     request_deserializer=millrace_dot_agent_dot_v1_dot_node__agent__service__pb2.StreamLogsRequest.FromString,
                     response_serializer=millrace_dot_agent_dot_v1_dot_node__agent__service__pb2.StreamLogsResponse.SerializeToString,
             ),
+            'StreamKvEvents': grpc.unary_stream_rpc_method_handler(
+                    servicer.StreamKvEvents,
+                    request_deserializer=millrace_dot_agent_dot_v1_dot_node__agent__service__pb2.StreamKvEventsRequest.FromString,
+                    response_serializer=millrace_dot_agent_dot_v1_dot_node__agent__service__pb2.StreamKvEventsResponse.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'millrace.agent.v1.NodeAgentService', rpc_method_handlers)
@@ -107,7 +128,8 @@ def add_NodeAgentServiceServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class NodeAgentService:
     """NodeAgentService answers questions about one machine. It takes no orders: those come through the session
-    that the agent opened. Calls carry the fleet token or an admin token.
+    that the agent opened. Calls carry the fleet token or an admin token; StreamKvEvents carries the router
+    token or an admin token.
     """
 
     @staticmethod
@@ -181,6 +203,33 @@ class NodeAgentService:
             '/millrace.agent.v1.NodeAgentService/StreamLogs',
             millrace_dot_agent_dot_v1_dot_node__agent__service__pb2.StreamLogsRequest.SerializeToString,
             millrace_dot_agent_dot_v1_dot_node__agent__service__pb2.StreamLogsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def StreamKvEvents(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/millrace.agent.v1.NodeAgentService/StreamKvEvents',
+            millrace_dot_agent_dot_v1_dot_node__agent__service__pb2.StreamKvEventsRequest.SerializeToString,
+            millrace_dot_agent_dot_v1_dot_node__agent__service__pb2.StreamKvEventsResponse.FromString,
             options,
             channel_credentials,
             insecure,

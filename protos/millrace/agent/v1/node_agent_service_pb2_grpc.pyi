@@ -28,7 +28,8 @@ GRPC_VERSION: str
 
 class NodeAgentServiceStub:
     """NodeAgentService answers questions about one machine. It takes no orders: those come through the session
-    that the agent opened. Calls carry the fleet token or an admin token.
+    that the agent opened. Calls carry the fleet token or an admin token; StreamKvEvents carries the router
+    token or an admin token.
     """
 
     @_typing.overload
@@ -41,11 +42,17 @@ class NodeAgentServiceStub:
     """Lists the engines that the agent runs."""
     StreamLogs: _grpc.UnaryStreamMultiCallable[_node_agent_service_pb2.StreamLogsRequest, _node_agent_service_pb2.StreamLogsResponse]
     """Streams an engine's log lines. Errors: NOT_FOUND (no such replica here)."""
+    StreamKvEvents: _grpc.UnaryStreamMultiCallable[_node_agent_service_pb2.StreamKvEventsRequest, _node_agent_service_pb2.StreamKvEventsResponse]
+    """Streams which blocks an engine's prefix cache holds: parts of a snapshot, its end, then changes. The
+    stream ends when the engine has ended. Errors: NOT_FOUND (no such replica here), FAILED_PRECONDITION
+    (the engine publishes no KV events, or has no such rank), UNAVAILABLE (not known yet: try again).
+    """
 
 @_typing.type_check_only
 class NodeAgentServiceAsyncStub(NodeAgentServiceStub):
     """NodeAgentService answers questions about one machine. It takes no orders: those come through the session
-    that the agent opened. Calls carry the fleet token or an admin token.
+    that the agent opened. Calls carry the fleet token or an admin token; StreamKvEvents carries the router
+    token or an admin token.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -55,10 +62,16 @@ class NodeAgentServiceAsyncStub(NodeAgentServiceStub):
     """Lists the engines that the agent runs."""
     StreamLogs: _aio.UnaryStreamMultiCallable[_node_agent_service_pb2.StreamLogsRequest, _node_agent_service_pb2.StreamLogsResponse]  # type: ignore[assignment]
     """Streams an engine's log lines. Errors: NOT_FOUND (no such replica here)."""
+    StreamKvEvents: _aio.UnaryStreamMultiCallable[_node_agent_service_pb2.StreamKvEventsRequest, _node_agent_service_pb2.StreamKvEventsResponse]  # type: ignore[assignment]
+    """Streams which blocks an engine's prefix cache holds: parts of a snapshot, its end, then changes. The
+    stream ends when the engine has ended. Errors: NOT_FOUND (no such replica here), FAILED_PRECONDITION
+    (the engine publishes no KV events, or has no such rank), UNAVAILABLE (not known yet: try again).
+    """
 
 class NodeAgentServiceServicer(metaclass=_abc_1.ABCMeta):
     """NodeAgentService answers questions about one machine. It takes no orders: those come through the session
-    that the agent opened. Calls carry the fleet token or an admin token.
+    that the agent opened. Calls carry the fleet token or an admin token; StreamKvEvents carries the router
+    token or an admin token.
     """
 
     @_abc_1.abstractmethod
@@ -84,5 +97,16 @@ class NodeAgentServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_node_agent_service_pb2.StreamLogsResponse], _abc.AsyncIterator[_node_agent_service_pb2.StreamLogsResponse]]:
         """Streams an engine's log lines. Errors: NOT_FOUND (no such replica here)."""
+
+    @_abc_1.abstractmethod
+    def StreamKvEvents(
+        self,
+        request: _node_agent_service_pb2.StreamKvEventsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_node_agent_service_pb2.StreamKvEventsResponse], _abc.AsyncIterator[_node_agent_service_pb2.StreamKvEventsResponse]]:
+        """Streams which blocks an engine's prefix cache holds: parts of a snapshot, its end, then changes. The
+        stream ends when the engine has ended. Errors: NOT_FOUND (no such replica here), FAILED_PRECONDITION
+        (the engine publishes no KV events, or has no such rank), UNAVAILABLE (not known yet: try again).
+        """
 
 def add_NodeAgentServiceServicer_to_server(servicer: NodeAgentServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -42,6 +42,9 @@ class FakeAgent(node_agent_service_pb2_grpc.NodeAgentServiceServicer):
             yield node_agent_service_pb2.StreamLogsResponse(progress=True)
             await asyncio.sleep(0.05)
 
+    def StreamKvEvents(self, request: Any, context: Any) -> Any:  # noqa: N802 - gRPC's name
+        raise NotImplementedError
+
 
 @pytest_asyncio.fixture
 async def api() -> AsyncIterator[ApiHarness]:

@@ -1,5 +1,7 @@
 """Command lines of vLLM for CPU and NVIDIA, and what a start needs."""
 
+import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +132,41 @@ def test_extra_arguments_win(tmp_path: Path) -> None:
     assert found["--dtype"] == "float32"
     assert found["--max-num-seqs"] == "4"
     assert "--enforce-eager" not in found
+
+
+def kv_events(made: VllmAdapter, port: int = 21000, **extra: Any) -> Any:
+    command = made.command(
+        launch(extra_args=extra), host="127.0.0.1", port=port, devices=[ClaimedDevice(CPU, 2**31)]
+    )
+    value = options(command.argv).get("--kv-events-config")
+    assert "--kv-events" not in options(command.argv)
+    return json.loads(value) if value is not None else None
+
+
+def test_kv_events_are_asked_for_and_travel_over_sockets_of_their_own(tmp_path: Path) -> None:
+    sockets = tmp_path / "sockets"
+    made = dataclasses.replace(adapter(tmp_path), socket_directory=sockets)
+    assert kv_events(made) is None
+    assert kv_events(made, kv_events=False) is None
+    assert not sockets.exists()
+    assert kv_events(made, kv_events=True) == {
+        "enable_kv_cache_events": True,
+        "endpoint": f"ipc://{sockets}/21000.kv",
+        "replay_endpoint": f"ipc://{sockets}/21000.replay",
+    }
+    assert sockets.stat().st_mode & 0o777 == 0o700
+    assert kv_events(made, kv_events=True, data_parallel_size=2)["endpoint"] == "tcp://*:0"
+    own = {"enable_kv_cache_events": True, "endpoint": "tcp://*:5557"}
+    assert kv_events(made, kv_events=True, kv_events_config=own) == own
+
+
+def test_kv_events_that_cannot_be_had_are_refused(tmp_path: Path) -> None:
+    made = adapter(tmp_path)
+    with pytest.raises(CannotStart, match="true or false"):
+        kv_events(made, kv_events="yes")
+    deep = dataclasses.replace(made, socket_directory=tmp_path / ("x" * 100))
+    with pytest.raises(CannotStart, match="--data-directory"):
+        kv_events(deep, kv_events=True)
 
 
 def test_environments_say_what_is_missing(tmp_path: Path) -> None:
