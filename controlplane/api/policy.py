@@ -40,6 +40,7 @@ AGENT_POLICY: dict[str, Role] = {
     _AGENT + "GetInventory": Role.AGENT,
     _AGENT + "ListEngines": Role.AGENT,
     _AGENT + "StreamLogs": Role.AGENT,
+    _AGENT + "StreamKvEvents": Role.ROUTER,
 }
 
 CONTROL_PLANE_POLICY: dict[str, Role] = {**SCHEDULER_POLICY, **FLEET_POLICY}
