@@ -10,6 +10,7 @@ it still is the same process that answers.
     replay in order         applied
     replay of another run   everything forgotten, replay from 0
     replay with holes       tried again; then everything forgotten, and on from the next live batch
+    replay without its end  noticed when the next live batch comes; until then the mirror is behind
 
 Must not: know sockets or wait.
 """

@@ -21,7 +21,7 @@ from nodeagent.engines.vllm import VllmAdapter
 from nodeagent.kv_events.block_hash import block_hash, event_hash
 from nodeagent.kv_events.mirror import CacheMirror, HashScheme
 from nodeagent.kv_events.reader import EventReader, read_sources
-from tests.support.etcd import free_ports
+from tests.support.ports import free_ports
 from tests.support.stack import REPOSITORY
 from tests.support.waiting import eventually
 

@@ -25,8 +25,8 @@ from nodeagent.kv_events.block_hash import block_hash, event_hash
 from nodeagent.kv_events.mirror import CacheMirror, HashScheme
 from nodeagent.kv_events.reader import EventReader, EventSource
 from tests.integration.test_nodeagent import World
-from tests.support.etcd import free_ports
 from tests.support.fleet import TOKEN, simulator_assignment
+from tests.support.ports import free_ports
 from tests.support.waiting import eventually
 
 pytestmark = pytest.mark.integration

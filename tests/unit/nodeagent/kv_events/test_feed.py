@@ -107,8 +107,10 @@ def test_the_mirror_is_the_engines_cache_or_less(  # noqa: C901 - a history is t
     mirror = CacheMirror(changed_hashes_max=8)
     feed = Feed(mirror, replayable=replayable)
     copy = Copy(mirror)
+    tail_lost = False
 
     def resync() -> None:
+        nonlocal tail_lost
         if not replayable:
             feed.give_up()
             return
@@ -116,13 +118,19 @@ def test_the_mirror_is_the_engines_cache_or_less(  # noqa: C901 - a history is t
             start = feed.begin_replay()
             # A replay loses messages when the engine's queue is full, so never its first one.
             hole = holes.pop() if holes else None
-            for number, batch in enumerate(each for each in engine.buffer if each.sequence >= start):
+            batches = [each for each in engine.buffer if each.sequence >= start]
+            # Nothing tells that the last message of a replay is missing before the next live batch comes.
+            tail_lost = bool(batches) and hole == len(batches) - 1
+            for number, batch in enumerate(batches):
                 if number != hole:
                     feed.replay(batch)
             if not feed.end_replay():
                 return
 
     def check() -> None:
+        if tail_lost:
+            # The mirror shows an earlier moment, as it does while a live batch is on its way.
+            return
         assert mirror.present() <= engine.blocks
         if mirror.complete:
             assert mirror.present() == engine.blocks
@@ -146,6 +154,7 @@ def test_the_mirror_is_the_engines_cache_or_less(  # noqa: C901 - a history is t
                     resync()
                     if feed.offer(batch) is Verdict.RESYNC:
                         feed.force(batch)
+                tail_lost = False
                 check()
     copy.read()
     # Whatever went wrong, the engine is followed from here on.
@@ -154,6 +163,7 @@ def test_the_mirror_is_the_engines_cache_or_less(  # noqa: C901 - a history is t
         resync()
         if feed.offer(batch) is Verdict.RESYNC:
             feed.force(batch)
+    tail_lost = False
     check()
     assert 99 in mirror.present()
     copy.read()
