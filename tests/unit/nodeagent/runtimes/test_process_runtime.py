@@ -150,12 +150,16 @@ async def test_sweep_of_unknown_engines_spares_the_known(tmp_path: Path) -> None
         for name in ("a.log", "b.log")
     ]
     try:
+        # Just after exec the kernel shows an empty environment for a moment.
+        for name in ("a.log", "b.log"):
+            await eventually(lambda name=name: "up" in (tmp_path / name).read_text())
         assert await runtime.sweep_unknown(labels, frozenset({known.identity.pid})) == 1
         await eventually(lambda: unknown.exited)
         assert not known.exited
     finally:
-        known.kill()
-        await eventually(lambda: known.exited)
+        for process in (known, unknown):
+            process.kill()
+        await eventually(lambda: known.exited and unknown.exited)
 
 
 def test_exit_descriptions() -> None:
