@@ -8,7 +8,7 @@ import pytest_asyncio
 from hypothesis import settings
 
 # How long an example takes depends on what else the machine does: a deadline would test the machine.
-# On CI the same examples are drawn every time, so that a change is judged by itself; exploring is for the desk.
+# On CI the same examples are drawn every time, so that a change is judged by itself.
 settings.register_profile("millrace", deadline=None, derandomize=bool(os.environ.get("CI")))
 settings.load_profile("millrace")
 
