@@ -36,7 +36,8 @@ async def wait_ready(
     async def enough() -> bool:
         try:
             return len(await ready_replicas(stack, namespace, name)) == count
-        except aiohttp.ClientError:
+        except (aiohttp.ClientError, AssertionError):
+            # Away, or back and still reading the store: it answers 503 until it has.
             return False
 
     await eventually(enough, timeout_seconds=timeout_seconds, interval_seconds=0.05)
