@@ -40,9 +40,12 @@ class Sizer:
         """
         try:
             facts: ModelFacts | None = None
+            launch_model = ""
             if spec.engine == types_pb2.ENGINE_VLLM:
                 facts = await self._models.facts(spec.model)
-                _require_quantized_files(spec, facts)
+                if _made_beforehand(spec, facts):
+                    launch_model = self._checkpoint(spec)
+                    facts = await self._models.facts(launch_model)
             request = SizingRequest(
                 engine=Engine(spec.engine),
                 facts=facts,
@@ -51,7 +54,9 @@ class Sizer:
                 extra_args=struct_to_dict(spec.extra_args),
                 engine_facts=self._knowledge.engine(Engine(spec.engine)),
             )
-            return sizing_to_proto(size(request, self.device_options(spec.engine)))
+            sizing = sizing_to_proto(size(request, self.device_options(spec.engine)))
+            sizing.launch_model = launch_model
+            return sizing
         except InvalidArgument as error:
             metadata = {**error.metadata, "field": prefix + error.metadata.get("field", "")}
             raise InvalidArgument(
@@ -66,6 +71,22 @@ class Sizer:
                 reason=error.reason,
                 metadata={**error.metadata, "field": field},
             ) from error
+
+    def _checkpoint(self, spec: deployment_pb2.DeploymentSpec) -> str:
+        """Returns the repository with the quantized files of a declared model.
+
+        Raises:
+            InvalidArgument: Field `quantization`: none is known.
+        """
+        asked = Quantization(spec.quantization)
+        known = self._knowledge.checkpoint(spec.model, asked)
+        if known is None:
+            raise InvalidArgument.of(
+                "quantization",
+                f"the files of `{spec.model}` are not quantized, and {asked.name} is made beforehand: "
+                f"declare an {asked.name} checkpoint by its directory or id, or leave quantization out",
+            )
+        return known
 
     def device_options(self, engine: types_pb2.Engine.ValueType) -> list[DeviceOption]:
         """Returns the devices that an engine can use, grouped by node.
@@ -92,22 +113,10 @@ class Sizer:
         return gpu.short_name if gpu is not None else product
 
 
-def _require_quantized_files(spec: deployment_pb2.DeploymentSpec, facts: ModelFacts) -> None:
-    """Refuses AWQ and GPTQ for a directory whose files are neither: an engine cannot make them on loading.
-
-    A known id may stand for its quantized repository, so that only directories can be judged here.
-
-    Raises:
-        InvalidArgument: Field `quantization`.
-    """
+def _made_beforehand(spec: deployment_pb2.DeploymentSpec, facts: ModelFacts) -> bool:
+    """Tells whether the files lack the asked quantization; no engine makes AWQ or GPTQ on loading."""
     asked = Quantization(spec.quantization)
-    made_beforehand = asked in {Quantization.AWQ, Quantization.GPTQ}
-    if made_beforehand and spec.model.startswith("/") and facts.quantization is Quantization.NONE:
-        raise InvalidArgument.of(
-            "quantization",
-            f"the files in `{spec.model}` are not quantized, and {asked.name.lower()} is made beforehand: "
-            f"give the directory of an {asked.name} checkpoint, or leave quantization out",
-        )
+    return asked in {Quantization.AWQ, Quantization.GPTQ} and facts.quantization is Quantization.NONE
 
 
 def _options(

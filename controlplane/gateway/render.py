@@ -136,6 +136,7 @@ def sizing(resource: sizing_pb2.Sizing) -> schema.Sizing:
             for term in resource.terms
         ],
         summary=resource.summary,
+        launch_model=resource.launch_model or None,
     )
 
 

@@ -110,6 +110,7 @@ class Sizing(_Resource):
     device_kinds: list[str]
     terms: list[SizingTerm]
     summary: str
+    launch_model: str | None
 
 
 class DeclaredDeployment(_Answer):

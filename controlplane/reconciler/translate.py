@@ -352,7 +352,7 @@ def _launch(record: records_pb2.DeploymentRecord, external_url: str) -> replica_
     by_share = "gpu_memory_utilization" in spec.extra_args.fields
     return replica_pb2.LaunchSpec(
         engine=spec.engine,
-        model=spec.model,
+        model=sizing.launch_model or spec.model,
         served_model_name=served_model_name(record.name, spec),
         max_model_len=sizing.max_model_len,
         tensor_parallel=sizing.tensor_parallel,

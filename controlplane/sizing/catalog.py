@@ -12,17 +12,26 @@ from typing import cast
 from controlplane.sizing.facts import ModelFacts, facts_from_config
 from controlplane.sizing.structs import DeviceOption, EngineFacts, GpuModel
 from controlplane.sizing.units import MIB
-from core.states import DeviceKind, Engine
+from core.states import DeviceKind, Engine, Quantization
 
+# AWQ and GPTQ are declared for the memory that four bits save; eight-bit files are chosen by their own id.
+CHECKPOINT_BITS = 4
 _PREFIXES = ("nvidia ", "tesla ", "geforce ")
 
 
 @dataclass(frozen=True, slots=True)
 class KnownModel:
-    """A model of the knowledge base: its short name and what its configuration says."""
+    """A model of the knowledge base.
+
+    Attributes:
+        name: Short name, shared by the variants of one model.
+        facts: What its configuration says.
+        identifier: Hugging Face id of this variant.
+    """
 
     name: str
     facts: ModelFacts
+    identifier: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +51,25 @@ class KnowledgeBase:
     def model(self, name: str) -> KnownModel | None:
         """Finds a model by Hugging Face id or short name; None where it is not known."""
         return self.models.get(name.lower())
+
+    def checkpoint(self, name: str, quantization: Quantization) -> str | None:
+        """Finds the repository that holds a model's files in a quantization that is made beforehand.
+
+        Returns:
+            A Hugging Face id of the same model with 4-bit files, None where none is known. A variant such as
+            a base model is not taken for the instruction-tuned one: the id has to continue its own.
+        """
+        declared = self.model(name)
+        if declared is None:
+            return None
+        first = next(each.identifier for each in self.models.values() if each.name == declared.name)
+        continued = f"{declared.identifier}-{quantization.name}".lower()
+        for each in self.models.values():
+            same = each.name == declared.name and each.facts.quantization is quantization
+            own = declared.identifier == first or each.identifier.lower().startswith(continued)
+            if same and own and each.facts.quantization_bits == CHECKPOINT_BITS:
+                return each.identifier
+        return None
 
     def gpu(self, name: str) -> GpuModel | None:
         """Finds a GPU by short name, alias, or the product string of its driver."""
@@ -94,7 +122,7 @@ def _add_model(known: dict[str, KnownModel], entry: Mapping[str, object]) -> Non
         for variant in _items(entry, "variants")
     ]
     for index, (ids, config) in enumerate(ways):
-        model = KnownModel(name, facts_from_config(config, weight_file_bytes=None))
+        model = KnownModel(name, facts_from_config(config, weight_file_bytes=None), next(iter(ids), name))
         for each in (*ids, *([name] if index == 0 else [])):
             if each.lower() in known:
                 raise ValueError(f"two models of the knowledge base are called {each}")

@@ -39,6 +39,7 @@ class Sizing(_message.Message):
     DEVICE_KINDS_FIELD_NUMBER: _builtins.int
     TERMS_FIELD_NUMBER: _builtins.int
     SUMMARY_FIELD_NUMBER: _builtins.int
+    LAUNCH_MODEL_FIELD_NUMBER: _builtins.int
     parameters: _builtins.int
     """Model parameters, 0 where the engine runs no model of its own (external, simulator)."""
     weights_bytes: _builtins.int
@@ -59,6 +60,10 @@ class Sizing(_message.Message):
     """Context length that the engine is started with, tokens."""
     summary: _builtins.str
     """The sum as one sentence."""
+    launch_model: _builtins.str
+    """Model path or id that the engine is started with, where it is not the declared one: a quantization that is
+    made beforehand has a repository of its own. Empty: the declared one.
+    """
     @_builtins.property
     def device_kinds(self) -> _containers.RepeatedScalarFieldContainer[_types_pb2.DeviceKind.ValueType]:
         """Kinds of device that can run it, best first; empty where no device is needed."""
@@ -82,10 +87,11 @@ class Sizing(_message.Message):
         device_kinds: _abc.Iterable[_types_pb2.DeviceKind.ValueType] | None = ...,
         terms: _abc.Iterable[Global___SizingTerm] | None = ...,
         summary: _builtins.str = ...,
+        launch_model: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["device_count", b"device_count", "device_kinds", b"device_kinds", "kv_bytes_per_token", b"kv_bytes_per_token", "kv_cache_bytes", b"kv_cache_bytes", "max_model_len", b"max_model_len", "overhead_bytes", b"overhead_bytes", "parameters", b"parameters", "summary", b"summary", "tensor_parallel", b"tensor_parallel", "terms", b"terms", "total_bytes", b"total_bytes", "weights_bytes", b"weights_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device_count", b"device_count", "device_kinds", b"device_kinds", "kv_bytes_per_token", b"kv_bytes_per_token", "kv_cache_bytes", b"kv_cache_bytes", "launch_model", b"launch_model", "max_model_len", b"max_model_len", "overhead_bytes", b"overhead_bytes", "parameters", b"parameters", "summary", b"summary", "tensor_parallel", b"tensor_parallel", "terms", b"terms", "total_bytes", b"total_bytes", "weights_bytes", b"weights_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

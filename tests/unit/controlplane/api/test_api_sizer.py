@@ -81,3 +81,32 @@ async def test_a_directory_without_quantized_files_is_not_taken_for_awq() -> Non
             await sizer.size(spec(str(BUNDLED_MODEL), types_pb2.QUANTIZATION_AWQ), "models[0].")
     assert refused.value.violations[0].field == "models[0].quantization"
     assert "leave quantization out" in refused.value.message
+
+
+@pytest.mark.parametrize(
+    ("declared", "quantization", "checkpoint"),
+    [
+        ("Qwen/Qwen2.5-72B-Instruct", types_pb2.QUANTIZATION_AWQ, "Qwen/Qwen2.5-72B-Instruct-AWQ"),
+        ("Qwen/Qwen2.5-72B-Instruct", types_pb2.QUANTIZATION_GPTQ, "Qwen/Qwen2.5-72B-Instruct-GPTQ-Int4"),
+        ("Qwen/Qwen2.5-72B-Instruct-AWQ", types_pb2.QUANTIZATION_AWQ, ""),
+        ("Qwen/Qwen2.5-72B-Instruct", types_pb2.QUANTIZATION_NONE, ""),
+    ],
+)
+async def test_a_quantization_made_beforehand_is_started_from_its_own_repository(
+    declared: str, quantization: types_pb2.Quantization.ValueType, checkpoint: str
+) -> None:
+    knowledge = load_knowledge()
+    async with running_api() as harness:
+        await add_a100s(harness)
+        sizer = Sizer(harness.view, FileModelSource(knowledge), knowledge)
+        sizing = await sizer.size(spec(declared, quantization), "models[0].")
+    assert sizing.launch_model == checkpoint
+
+
+async def test_a_base_model_is_not_taken_for_the_instruction_tuned_one() -> None:
+    knowledge = load_knowledge()
+    async with running_api() as harness:
+        await add_a100s(harness)
+        sizer = Sizer(harness.view, FileModelSource(knowledge), knowledge)
+        with pytest.raises(InvalidArgument, match="AWQ checkpoint"):
+            await sizer.size(spec("Qwen/Qwen2.5-72B", types_pb2.QUANTIZATION_AWQ), "models[0].")
