@@ -83,6 +83,7 @@ async def _failover(stack: LocalStack, *, stream: bool) -> None:
         stack.user_headers(),
         model=NAME,
         replicas=partial(ready_replicas, stack, NAMESPACE, NAME),
+        router_log=stack.directory / "logs" / "router.log",
         replaced_within_seconds=240,
         stream=stream,
     )
@@ -92,7 +93,7 @@ async def _failover(stack: LocalStack, *, stream: bool) -> None:
     _row("requests", account.requests)
     _row("failed, inside the killed engine", len(account.inside))
     _row("failed, anywhere else", len(account.others))
-    _row("router stops using it after", f"{account.last_use_seconds * 1000:.0f} ms")
+    _row("router last tries it after", f"{account.last_use_seconds * 1000:.0f} ms")
     _row("replacement assigned after", f"{account.assigned_seconds * 1000:.0f} ms")
     _row("replacement serves after", f"{account.serves_seconds * 1000:.0f} ms")
 

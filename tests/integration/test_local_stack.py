@@ -156,6 +156,7 @@ async def test_a_killed_engine_is_replaced_and_only_its_own_requests_may_fail(
         stack.user_headers(),
         model=NAME,
         replicas=partial(replicas, stack),
+        router_log=stack.directory / "logs" / "router.log",
         stream=stream,
     )
     assert account.others == []
