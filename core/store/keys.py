@@ -14,6 +14,7 @@ In come identifiers, out come keys. This is the only module that spells a key.
 ROOT = "/millrace/v1/"
 
 SPEC_DEPLOYMENTS = ROOT + "spec/deployments/"
+SPEC_NAMESPACES = ROOT + "spec/namespaces/"
 SPEC_NODES = ROOT + "spec/nodes/"
 SPEC_KEYS = ROOT + "spec/keys/"
 PLAN_DEPLOYMENTS = ROOT + "plan/deployments/"
@@ -35,6 +36,11 @@ def spec_deployments(namespace: str) -> str:
 def spec_deployment(namespace: str, name: str) -> str:
     """Key of a deployment's record."""
     return f"{SPEC_DEPLOYMENTS}{namespace}/{name}"
+
+
+def spec_namespace(namespace: str) -> str:
+    """Key of what operators and users want of a tenant."""
+    return SPEC_NAMESPACES + namespace
 
 
 def spec_node(node: str) -> str:

@@ -9,6 +9,7 @@ from google.protobuf import message as _message
 from google.protobuf import struct_pb2 as _struct_pb2
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
+from millrace.core.v1 import policy_pb2 as _policy_pb2
 from millrace.core.v1 import sizing_pb2 as _sizing_pb2
 from millrace.core.v1 import types_pb2 as _types_pb2
 import builtins as _builtins
@@ -102,6 +103,11 @@ class DeploymentSpec(_message.Message):
     MAX_MODEL_LEN_FIELD_NUMBER: _builtins.int
     REPLICAS_FIELD_NUMBER: _builtins.int
     EXTRA_ARGS_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
+    PLACEMENT_FIELD_NUMBER: _builtins.int
+    ROLLOUT_FIELD_NUMBER: _builtins.int
+    AUTOSCALE_FIELD_NUMBER: _builtins.int
+    ROUTING_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Hugging Face id (`organisation/model`) or absolute path of a model directory."""
     engine: _types_pb2.Engine.ValueType
@@ -112,9 +118,27 @@ class DeploymentSpec(_message.Message):
     """Context length in tokens. Unset: worked out from the model."""
     replicas: _builtins.int
     """Replicas wanted. Unset: 1; zero stops the deployment."""
+    priority: _builtins.int
+    """1 (least) to 10 (most important). Unset: 5. A higher one may pre-empt replicas of a lower one."""
     @_builtins.property
     def extra_args(self) -> _struct_pb2.Struct:
         """Engine arguments by name; they override anything that was worked out."""
+
+    @_builtins.property
+    def placement(self) -> _policy_pb2.Placement:
+        """Where replicas may run. Unset: wherever they fit."""
+
+    @_builtins.property
+    def rollout(self) -> _policy_pb2.Rollout:
+        """How running replicas are replaced by those of a newer spec. Unset: one above, none below."""
+
+    @_builtins.property
+    def autoscale(self) -> _policy_pb2.Autoscale:
+        """Lets the number of replicas follow the load; `replicas` is then only the first number. Unset: fixed."""
+
+    @_builtins.property
+    def routing(self) -> _policy_pb2.Routing:
+        """How routers treat requests for it. Unset: as the router is configured."""
 
     def __init__(
         self,
@@ -125,17 +149,26 @@ class DeploymentSpec(_message.Message):
         max_model_len: _builtins.int | None = ...,
         replicas: _builtins.int | None = ...,
         extra_args: _struct_pb2.Struct | None = ...,
+        priority: _builtins.int | None = ...,
+        placement: _policy_pb2.Placement | None = ...,
+        rollout: _policy_pb2.Rollout | None = ...,
+        autoscale: _policy_pb2.Autoscale | None = ...,
+        routing: _policy_pb2.Routing | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_model_len", b"_max_model_len", "_replicas", b"_replicas", "extra_args", b"extra_args", "max_model_len", b"max_model_len", "replicas", b"replicas"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_model_len", b"_max_model_len", "_priority", b"_priority", "_replicas", b"_replicas", "autoscale", b"autoscale", "extra_args", b"extra_args", "max_model_len", b"max_model_len", "placement", b"placement", "priority", b"priority", "replicas", b"replicas", "rollout", b"rollout", "routing", b"routing"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_model_len", b"_max_model_len", "_replicas", b"_replicas", "engine", b"engine", "extra_args", b"extra_args", "max_model_len", b"max_model_len", "model", b"model", "quantization", b"quantization", "replicas", b"replicas"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_model_len", b"_max_model_len", "_priority", b"_priority", "_replicas", b"_replicas", "autoscale", b"autoscale", "engine", b"engine", "extra_args", b"extra_args", "max_model_len", b"max_model_len", "model", b"model", "placement", b"placement", "priority", b"priority", "quantization", b"quantization", "replicas", b"replicas", "rollout", b"rollout", "routing", b"routing"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__max_model_len: _TypeAlias = _typing.Literal["max_model_len"]  # noqa: Y015
     _WhichOneofArgType__max_model_len: _TypeAlias = _typing.Literal["_max_model_len", b"_max_model_len"]  # noqa: Y015
+    _WhichOneofReturnType__priority: _TypeAlias = _typing.Literal["priority"]  # noqa: Y015
+    _WhichOneofArgType__priority: _TypeAlias = _typing.Literal["_priority", b"_priority"]  # noqa: Y015
     _WhichOneofReturnType__replicas: _TypeAlias = _typing.Literal["replicas"]  # noqa: Y015
     _WhichOneofArgType__replicas: _TypeAlias = _typing.Literal["_replicas", b"_replicas"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_model_len) -> _WhichOneofReturnType__max_model_len | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__priority) -> _WhichOneofReturnType__priority | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__replicas) -> _WhichOneofReturnType__replicas | None: ...
 

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from millrace.core.v1 import types_pb2 as millrace_dot_core_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fmillrace/core/v1/endpoint.proto\x12\x10millrace.core.v1\x1a\x1cmillrace/core/v1/types.proto\"\x8f\x02\n\x08\x45ndpoint\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12\x12\n\ndeployment\x18\x02 \x01(\t\x12\x0f\n\x07replica\x18\x03 \x01(\t\x12\x0b\n\x03url\x18\x04 \x01(\t\x12\x19\n\x11served_model_name\x18\x05 \x01(\t\x12\x16\n\x0e\x64\x65\x63lared_model\x18\x06 \x01(\t\x12.\n\x05state\x18\x07 \x01(\x0e\x32\x1f.millrace.core.v1.EndpointState\x12\x13\n\x0bincarnation\x18\x08 \x01(\t\x12\x0e\n\x06weight\x18\t \x01(\x05\x12\x0c\n\x04node\x18\n \x01(\t\x12(\n\x06\x65ngine\x18\x0b \x01(\x0e\x32\x18.millrace.core.v1.Engineb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fmillrace/core/v1/endpoint.proto\x12\x10millrace.core.v1\x1a\x1cmillrace/core/v1/types.proto\"\xa5\x02\n\x08\x45ndpoint\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12\x12\n\ndeployment\x18\x02 \x01(\t\x12\x0f\n\x07replica\x18\x03 \x01(\t\x12\x0b\n\x03url\x18\x04 \x01(\t\x12\x19\n\x11served_model_name\x18\x05 \x01(\t\x12\x16\n\x0e\x64\x65\x63lared_model\x18\x06 \x01(\t\x12.\n\x05state\x18\x07 \x01(\x0e\x32\x1f.millrace.core.v1.EndpointState\x12\x13\n\x0bincarnation\x18\x08 \x01(\t\x12\x0e\n\x06weight\x18\t \x01(\x05\x12\x0c\n\x04node\x18\n \x01(\t\x12(\n\x06\x65ngine\x18\x0b \x01(\x0e\x32\x18.millrace.core.v1.Engine\x12\x14\n\x0c\x61gent_target\x18\x0c \x01(\tb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,5 +33,5 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'millrace.core.v1.endpoint_p
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_ENDPOINT']._serialized_start=84
-  _globals['_ENDPOINT']._serialized_end=355
+  _globals['_ENDPOINT']._serialized_end=377
 # @@protoc_insertion_point(module_scope)

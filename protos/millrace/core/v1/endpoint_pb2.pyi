@@ -34,6 +34,7 @@ class Endpoint(_message.Message):
     WEIGHT_FIELD_NUMBER: _builtins.int
     NODE_FIELD_NUMBER: _builtins.int
     ENGINE_FIELD_NUMBER: _builtins.int
+    AGENT_TARGET_FIELD_NUMBER: _builtins.int
     namespace: _builtins.str
     """Owning tenant."""
     deployment: _builtins.str
@@ -56,6 +57,8 @@ class Endpoint(_message.Message):
     """Node that runs it."""
     engine: _types_pb2.Engine.ValueType
     """Which engine."""
+    agent_target: _builtins.str
+    """host:port of the node agent that runs it, which offers its KV events; empty where there is none."""
     def __init__(
         self,
         *,
@@ -70,10 +73,11 @@ class Endpoint(_message.Message):
         weight: _builtins.int = ...,
         node: _builtins.str = ...,
         engine: _types_pb2.Engine.ValueType = ...,
+        agent_target: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["declared_model", b"declared_model", "deployment", b"deployment", "engine", b"engine", "incarnation", b"incarnation", "namespace", b"namespace", "node", b"node", "replica", b"replica", "served_model_name", b"served_model_name", "state", b"state", "url", b"url", "weight", b"weight"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_target", b"agent_target", "declared_model", b"declared_model", "deployment", b"deployment", "engine", b"engine", "incarnation", b"incarnation", "namespace", b"namespace", "node", b"node", "replica", b"replica", "served_model_name", b"served_model_name", "state", b"state", "url", b"url", "weight", b"weight"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -23,10 +23,11 @@ _sym_db = _symbol_database.Default()
 
 
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
+from millrace.core.v1 import policy_pb2 as millrace_dot_core_dot_v1_dot_policy__pb2
 from millrace.core.v1 import types_pb2 as millrace_dot_core_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bmillrace/core/v1/node.proto\x12\x10millrace.core.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1cmillrace/core/v1/types.proto\"z\n\x04Node\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04\x65tag\x18\x02 \x01(\t\x12(\n\x04spec\x18\x03 \x01(\x0b\x32\x1a.millrace.core.v1.NodeSpec\x12,\n\x06status\x18\x04 \x01(\x0b\x32\x1c.millrace.core.v1.NodeStatus\"\x95\x01\n\x08NodeSpec\x12\x10\n\x08\x63ordoned\x18\x01 \x01(\x08\x12\x10\n\x08\x64raining\x18\x02 \x01(\x08\x12\x36\n\x06labels\x18\x03 \x03(\x0b\x32&.millrace.core.v1.NodeSpec.LabelsEntry\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xe7\x01\n\nNodeStatus\x12*\n\x05state\x18\x01 \x01(\x0e\x32\x1b.millrace.core.v1.NodeState\x12\x33\n\x0ftransition_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x32\n\x0eheartbeat_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x32\n\tinventory\x18\x04 \x01(\x0b\x32\x1f.millrace.core.v1.NodeInventory\x12\x10\n\x08replicas\x18\x05 \x03(\t\"\xd3\x02\n\rNodeInventory\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x14\n\x0c\x61gent_target\x18\x03 \x01(\t\x12\x16\n\x0e\x61\x64vertise_host\x18\x04 \x01(\t\x12)\n\x07\x64\x65vices\x18\x05 \x03(\x0b\x32\x18.millrace.core.v1.Device\x12\x34\n\x07\x65ngines\x18\x06 \x03(\x0b\x32#.millrace.core.v1.EngineEnvironment\x12\x14\n\x0cmemory_bytes\x18\x07 \x01(\x03\x12\x12\n\nprocessors\x18\x08 \x01(\x05\x12;\n\x06labels\x18\t \x03(\x0b\x32+.millrace.core.v1.NodeInventory.LabelsEntry\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"v\n\x06\x44\x65vice\x12\n\n\x02id\x18\x01 \x01(\t\x12*\n\x04kind\x18\x02 \x01(\x0e\x32\x1c.millrace.core.v1.DeviceKind\x12\x0f\n\x07product\x18\x03 \x01(\t\x12\x14\n\x0cmemory_bytes\x18\x04 \x01(\x03\x12\r\n\x05index\x18\x05 \x01(\x05\"\x9e\x01\n\x11\x45ngineEnvironment\x12(\n\x06\x65ngine\x18\x01 \x01(\x0e\x32\x18.millrace.core.v1.Engine\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x32\n\x0c\x64\x65vice_kinds\x18\x03 \x03(\x0e\x32\x1c.millrace.core.v1.DeviceKind\x12\x1a\n\x12unavailable_reason\x18\x04 \x01(\tb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bmillrace/core/v1/node.proto\x12\x10millrace.core.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1dmillrace/core/v1/policy.proto\x1a\x1cmillrace/core/v1/types.proto\"z\n\x04Node\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04\x65tag\x18\x02 \x01(\t\x12(\n\x04spec\x18\x03 \x01(\x0b\x32\x1a.millrace.core.v1.NodeSpec\x12,\n\x06status\x18\x04 \x01(\x0b\x32\x1c.millrace.core.v1.NodeStatus\"\xbe\x01\n\x08NodeSpec\x12\x10\n\x08\x63ordoned\x18\x01 \x01(\x08\x12\x10\n\x08\x64raining\x18\x02 \x01(\x08\x12\x36\n\x06labels\x18\x03 \x03(\x0b\x32&.millrace.core.v1.NodeSpec.LabelsEntry\x12\'\n\x06taints\x18\x04 \x03(\x0b\x32\x17.millrace.core.v1.Taint\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\xe7\x01\n\nNodeStatus\x12*\n\x05state\x18\x01 \x01(\x0e\x32\x1b.millrace.core.v1.NodeState\x12\x33\n\x0ftransition_time\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x32\n\x0eheartbeat_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x32\n\tinventory\x18\x04 \x01(\x0b\x32\x1f.millrace.core.v1.NodeInventory\x12\x10\n\x08replicas\x18\x05 \x03(\t\"\xd3\x02\n\rNodeInventory\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x14\n\x0c\x61gent_target\x18\x03 \x01(\t\x12\x16\n\x0e\x61\x64vertise_host\x18\x04 \x01(\t\x12)\n\x07\x64\x65vices\x18\x05 \x03(\x0b\x32\x18.millrace.core.v1.Device\x12\x34\n\x07\x65ngines\x18\x06 \x03(\x0b\x32#.millrace.core.v1.EngineEnvironment\x12\x14\n\x0cmemory_bytes\x18\x07 \x01(\x03\x12\x12\n\nprocessors\x18\x08 \x01(\x05\x12;\n\x06labels\x18\t \x03(\x0b\x32+.millrace.core.v1.NodeInventory.LabelsEntry\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"v\n\x06\x44\x65vice\x12\n\n\x02id\x18\x01 \x01(\t\x12*\n\x04kind\x18\x02 \x01(\x0e\x32\x1c.millrace.core.v1.DeviceKind\x12\x0f\n\x07product\x18\x03 \x01(\t\x12\x14\n\x0cmemory_bytes\x18\x04 \x01(\x03\x12\r\n\x05index\x18\x05 \x01(\x05\"\x9e\x01\n\x11\x45ngineEnvironment\x12(\n\x06\x65ngine\x18\x01 \x01(\x0e\x32\x18.millrace.core.v1.Engine\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x32\n\x0c\x64\x65vice_kinds\x18\x03 \x03(\x0e\x32\x1c.millrace.core.v1.DeviceKind\x12\x1a\n\x12unavailable_reason\x18\x04 \x01(\tb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,20 +38,20 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_NODESPEC_LABELSENTRY']._serialized_options = b'8\001'
   _globals['_NODEINVENTORY_LABELSENTRY']._loaded_options = None
   _globals['_NODEINVENTORY_LABELSENTRY']._serialized_options = b'8\001'
-  _globals['_NODE']._serialized_start=112
-  _globals['_NODE']._serialized_end=234
-  _globals['_NODESPEC']._serialized_start=237
-  _globals['_NODESPEC']._serialized_end=386
-  _globals['_NODESPEC_LABELSENTRY']._serialized_start=341
-  _globals['_NODESPEC_LABELSENTRY']._serialized_end=386
-  _globals['_NODESTATUS']._serialized_start=389
-  _globals['_NODESTATUS']._serialized_end=620
-  _globals['_NODEINVENTORY']._serialized_start=623
-  _globals['_NODEINVENTORY']._serialized_end=962
-  _globals['_NODEINVENTORY_LABELSENTRY']._serialized_start=341
-  _globals['_NODEINVENTORY_LABELSENTRY']._serialized_end=386
-  _globals['_DEVICE']._serialized_start=964
-  _globals['_DEVICE']._serialized_end=1082
-  _globals['_ENGINEENVIRONMENT']._serialized_start=1085
-  _globals['_ENGINEENVIRONMENT']._serialized_end=1243
+  _globals['_NODE']._serialized_start=143
+  _globals['_NODE']._serialized_end=265
+  _globals['_NODESPEC']._serialized_start=268
+  _globals['_NODESPEC']._serialized_end=458
+  _globals['_NODESPEC_LABELSENTRY']._serialized_start=413
+  _globals['_NODESPEC_LABELSENTRY']._serialized_end=458
+  _globals['_NODESTATUS']._serialized_start=461
+  _globals['_NODESTATUS']._serialized_end=692
+  _globals['_NODEINVENTORY']._serialized_start=695
+  _globals['_NODEINVENTORY']._serialized_end=1034
+  _globals['_NODEINVENTORY_LABELSENTRY']._serialized_start=413
+  _globals['_NODEINVENTORY_LABELSENTRY']._serialized_end=458
+  _globals['_DEVICE']._serialized_start=1036
+  _globals['_DEVICE']._serialized_end=1154
+  _globals['_ENGINEENVIRONMENT']._serialized_start=1157
+  _globals['_ENGINEENVIRONMENT']._serialized_end=1315
 # @@protoc_insertion_point(module_scope)

@@ -3,17 +3,19 @@
 isort:skip_file
 """
 
+from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
+from google.protobuf.internal import containers as _containers
 import builtins as _builtins
 import sys
 import typing as _typing
 
-if sys.version_info >= (3, 10):
-    from typing import TypeAlias as _TypeAlias
+if sys.version_info >= (3, 11):
+    from typing import TypeAlias as _TypeAlias, Never as _Never
 else:
-    from typing_extensions import TypeAlias as _TypeAlias
+    from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
@@ -39,6 +41,8 @@ class EngineStats(_message.Message):
     PREEMPTIONS_TOTAL_FIELD_NUMBER: _builtins.int
     KV_CACHE_TOKENS_FIELD_NUMBER: _builtins.int
     KV_BLOCK_TOKENS_FIELD_NUMBER: _builtins.int
+    DEVICE_UTILIZATION_RATIO_FIELD_NUMBER: _builtins.int
+    ADAPTERS_FIELD_NUMBER: _builtins.int
     namespace: _builtins.str
     """Owning tenant."""
     deployment: _builtins.str
@@ -69,9 +73,15 @@ class EngineStats(_message.Message):
     """Key/value cache, tokens."""
     kv_block_tokens: _builtins.int
     """Tokens of one cache block."""
+    device_utilization_ratio: _builtins.float
+    """Share of time in use, 0 to 1, as the mean of the devices that the replica holds."""
     @_builtins.property
     def sample_time(self) -> _timestamp_pb2.Timestamp:
         """When it was taken."""
+
+    @_builtins.property
+    def adapters(self) -> Global___AdapterStats:
+        """LoRA adapters and the room for them; absent for engines without."""
 
     def __init__(
         self,
@@ -92,11 +102,17 @@ class EngineStats(_message.Message):
         preemptions_total: _builtins.int | None = ...,
         kv_cache_tokens: _builtins.int | None = ...,
         kv_block_tokens: _builtins.int | None = ...,
+        device_utilization_ratio: _builtins.float | None = ...,
+        adapters: Global___AdapterStats | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_generation_tokens_total", b"_generation_tokens_total", "_kv_block_tokens", b"_kv_block_tokens", "_kv_cache_tokens", b"_kv_cache_tokens", "_kv_usage_ratio", b"_kv_usage_ratio", "_preemptions_total", b"_preemptions_total", "_prefix_hit_tokens_total", b"_prefix_hit_tokens_total", "_prefix_query_tokens_total", b"_prefix_query_tokens_total", "_prompt_tokens_total", b"_prompt_tokens_total", "_running_requests", b"_running_requests", "_succeeded_requests_total", b"_succeeded_requests_total", "_waiting_requests", b"_waiting_requests", "generation_tokens_total", b"generation_tokens_total", "kv_block_tokens", b"kv_block_tokens", "kv_cache_tokens", b"kv_cache_tokens", "kv_usage_ratio", b"kv_usage_ratio", "preemptions_total", b"preemptions_total", "prefix_hit_tokens_total", b"prefix_hit_tokens_total", "prefix_query_tokens_total", b"prefix_query_tokens_total", "prompt_tokens_total", b"prompt_tokens_total", "running_requests", b"running_requests", "sample_time", b"sample_time", "succeeded_requests_total", b"succeeded_requests_total", "waiting_requests", b"waiting_requests"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_adapters", b"_adapters", "_device_utilization_ratio", b"_device_utilization_ratio", "_generation_tokens_total", b"_generation_tokens_total", "_kv_block_tokens", b"_kv_block_tokens", "_kv_cache_tokens", b"_kv_cache_tokens", "_kv_usage_ratio", b"_kv_usage_ratio", "_preemptions_total", b"_preemptions_total", "_prefix_hit_tokens_total", b"_prefix_hit_tokens_total", "_prefix_query_tokens_total", b"_prefix_query_tokens_total", "_prompt_tokens_total", b"_prompt_tokens_total", "_running_requests", b"_running_requests", "_succeeded_requests_total", b"_succeeded_requests_total", "_waiting_requests", b"_waiting_requests", "adapters", b"adapters", "device_utilization_ratio", b"device_utilization_ratio", "generation_tokens_total", b"generation_tokens_total", "kv_block_tokens", b"kv_block_tokens", "kv_cache_tokens", b"kv_cache_tokens", "kv_usage_ratio", b"kv_usage_ratio", "preemptions_total", b"preemptions_total", "prefix_hit_tokens_total", b"prefix_hit_tokens_total", "prefix_query_tokens_total", b"prefix_query_tokens_total", "prompt_tokens_total", b"prompt_tokens_total", "running_requests", b"running_requests", "sample_time", b"sample_time", "succeeded_requests_total", b"succeeded_requests_total", "waiting_requests", b"waiting_requests"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_generation_tokens_total", b"_generation_tokens_total", "_kv_block_tokens", b"_kv_block_tokens", "_kv_cache_tokens", b"_kv_cache_tokens", "_kv_usage_ratio", b"_kv_usage_ratio", "_preemptions_total", b"_preemptions_total", "_prefix_hit_tokens_total", b"_prefix_hit_tokens_total", "_prefix_query_tokens_total", b"_prefix_query_tokens_total", "_prompt_tokens_total", b"_prompt_tokens_total", "_running_requests", b"_running_requests", "_succeeded_requests_total", b"_succeeded_requests_total", "_waiting_requests", b"_waiting_requests", "deployment", b"deployment", "generation_tokens_total", b"generation_tokens_total", "incarnation", b"incarnation", "kv_block_tokens", b"kv_block_tokens", "kv_cache_tokens", b"kv_cache_tokens", "kv_usage_ratio", b"kv_usage_ratio", "namespace", b"namespace", "preemptions_total", b"preemptions_total", "prefix_hit_tokens_total", b"prefix_hit_tokens_total", "prefix_query_tokens_total", b"prefix_query_tokens_total", "prompt_tokens_total", b"prompt_tokens_total", "replica", b"replica", "running_requests", b"running_requests", "sample_time", b"sample_time", "succeeded_requests_total", b"succeeded_requests_total", "waiting_requests", b"waiting_requests"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_adapters", b"_adapters", "_device_utilization_ratio", b"_device_utilization_ratio", "_generation_tokens_total", b"_generation_tokens_total", "_kv_block_tokens", b"_kv_block_tokens", "_kv_cache_tokens", b"_kv_cache_tokens", "_kv_usage_ratio", b"_kv_usage_ratio", "_preemptions_total", b"_preemptions_total", "_prefix_hit_tokens_total", b"_prefix_hit_tokens_total", "_prefix_query_tokens_total", b"_prefix_query_tokens_total", "_prompt_tokens_total", b"_prompt_tokens_total", "_running_requests", b"_running_requests", "_succeeded_requests_total", b"_succeeded_requests_total", "_waiting_requests", b"_waiting_requests", "adapters", b"adapters", "deployment", b"deployment", "device_utilization_ratio", b"device_utilization_ratio", "generation_tokens_total", b"generation_tokens_total", "incarnation", b"incarnation", "kv_block_tokens", b"kv_block_tokens", "kv_cache_tokens", b"kv_cache_tokens", "kv_usage_ratio", b"kv_usage_ratio", "namespace", b"namespace", "preemptions_total", b"preemptions_total", "prefix_hit_tokens_total", b"prefix_hit_tokens_total", "prefix_query_tokens_total", b"prefix_query_tokens_total", "prompt_tokens_total", b"prompt_tokens_total", "replica", b"replica", "running_requests", b"running_requests", "sample_time", b"sample_time", "succeeded_requests_total", b"succeeded_requests_total", "waiting_requests", b"waiting_requests"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__adapters: _TypeAlias = _typing.Literal["adapters"]  # noqa: Y015
+    _WhichOneofArgType__adapters: _TypeAlias = _typing.Literal["_adapters", b"_adapters"]  # noqa: Y015
+    _WhichOneofReturnType__device_utilization_ratio: _TypeAlias = _typing.Literal["device_utilization_ratio"]  # noqa: Y015
+    _WhichOneofArgType__device_utilization_ratio: _TypeAlias = _typing.Literal["_device_utilization_ratio", b"_device_utilization_ratio"]  # noqa: Y015
     _WhichOneofReturnType__generation_tokens_total: _TypeAlias = _typing.Literal["generation_tokens_total"]  # noqa: Y015
     _WhichOneofArgType__generation_tokens_total: _TypeAlias = _typing.Literal["_generation_tokens_total", b"_generation_tokens_total"]  # noqa: Y015
     _WhichOneofReturnType__kv_block_tokens: _TypeAlias = _typing.Literal["kv_block_tokens"]  # noqa: Y015
@@ -119,6 +135,10 @@ class EngineStats(_message.Message):
     _WhichOneofArgType__succeeded_requests_total: _TypeAlias = _typing.Literal["_succeeded_requests_total", b"_succeeded_requests_total"]  # noqa: Y015
     _WhichOneofReturnType__waiting_requests: _TypeAlias = _typing.Literal["waiting_requests"]  # noqa: Y015
     _WhichOneofArgType__waiting_requests: _TypeAlias = _typing.Literal["_waiting_requests", b"_waiting_requests"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__adapters) -> _WhichOneofReturnType__adapters | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__device_utilization_ratio) -> _WhichOneofReturnType__device_utilization_ratio | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__generation_tokens_total) -> _WhichOneofReturnType__generation_tokens_total | None: ...
     @_typing.overload
@@ -143,6 +163,40 @@ class EngineStats(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__waiting_requests) -> _WhichOneofReturnType__waiting_requests | None: ...
 
 Global___EngineStats: _TypeAlias = EngineStats  # noqa: Y015
+
+@_typing.final
+class AdapterStats(_message.Message):
+    """AdapterStats tells which LoRA adapters an engine holds."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUNNING_FIELD_NUMBER: _builtins.int
+    WAITING_FIELD_NUMBER: _builtins.int
+    RUNNING_MAX_FIELD_NUMBER: _builtins.int
+    running_max: _builtins.int
+    """Adapters that one batch can hold."""
+    @_builtins.property
+    def running(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Adapters in the running batch."""
+
+    @_builtins.property
+    def waiting(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Adapters that requests wait for."""
+
+    def __init__(
+        self,
+        *,
+        running: _abc.Iterable[_builtins.str] | None = ...,
+        waiting: _abc.Iterable[_builtins.str] | None = ...,
+        running_max: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["running", b"running", "running_max", b"running_max", "waiting", b"waiting"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AdapterStats: _TypeAlias = AdapterStats  # noqa: Y015
 
 @_typing.final
 class DeviceStats(_message.Message):

@@ -333,3 +333,51 @@ EVENT_SEVERITY_NORMAL: EventSeverity.ValueType  # 1
 EVENT_SEVERITY_WARNING: EventSeverity.ValueType  # 2
 """Worth a look."""
 Global___EventSeverity: _TypeAlias = EventSeverity  # noqa: Y015
+
+class _TaintEffect:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _TaintEffectEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_TaintEffect.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    TAINT_EFFECT_UNSPECIFIED: _TaintEffect.ValueType  # 0
+    """Not set; treated as NO_SCHEDULE."""
+    TAINT_EFFECT_NO_SCHEDULE: _TaintEffect.ValueType  # 1
+    """Nothing new is placed."""
+    TAINT_EFFECT_NO_EXECUTE: _TaintEffect.ValueType  # 2
+    """Nothing new is placed, and what runs is moved away."""
+
+class TaintEffect(_TaintEffect, metaclass=_TaintEffectEnumTypeWrapper):
+    """TaintEffect is what a taint does to replicas that do not tolerate it."""
+
+TAINT_EFFECT_UNSPECIFIED: TaintEffect.ValueType  # 0
+"""Not set; treated as NO_SCHEDULE."""
+TAINT_EFFECT_NO_SCHEDULE: TaintEffect.ValueType  # 1
+"""Nothing new is placed."""
+TAINT_EFFECT_NO_EXECUTE: TaintEffect.ValueType  # 2
+"""Nothing new is placed, and what runs is moved away."""
+Global___TaintEffect: _TypeAlias = TaintEffect  # noqa: Y015
+
+class _Tier:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _TierEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Tier.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    TIER_UNSPECIFIED: _Tier.ValueType  # 0
+    """Not set; treated as BASE."""
+    TIER_BASE: _Tier.ValueType  # 1
+    """Ordinary."""
+    TIER_FAST: _Tier.ValueType  # 2
+    """Served first where requests have to wait."""
+
+class Tier(_Tier, metaclass=_TierEnumTypeWrapper):
+    """Tier is a class of service."""
+
+TIER_UNSPECIFIED: Tier.ValueType  # 0
+"""Not set; treated as BASE."""
+TIER_BASE: Tier.ValueType  # 1
+"""Ordinary."""
+TIER_FAST: Tier.ValueType  # 2
+"""Served first where requests have to wait."""
+Global___Tier: _TypeAlias = Tier  # noqa: Y015

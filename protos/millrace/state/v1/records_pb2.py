@@ -26,30 +26,35 @@ from google.protobuf import struct_pb2 as google_dot_protobuf_dot_struct__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 from millrace.core.v1 import deployment_pb2 as millrace_dot_core_dot_v1_dot_deployment__pb2
 from millrace.core.v1 import node_pb2 as millrace_dot_core_dot_v1_dot_node__pb2
+from millrace.core.v1 import policy_pb2 as millrace_dot_core_dot_v1_dot_policy__pb2
 from millrace.core.v1 import sizing_pb2 as millrace_dot_core_dot_v1_dot_sizing__pb2
 from millrace.core.v1 import stats_pb2 as millrace_dot_core_dot_v1_dot_stats__pb2
 from millrace.core.v1 import types_pb2 as millrace_dot_core_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fmillrace/state/v1/records.proto\x12\x11millrace.state.v1\x1a\x1cgoogle/protobuf/struct.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a!millrace/core/v1/deployment.proto\x1a\x1bmillrace/core/v1/node.proto\x1a\x1dmillrace/core/v1/sizing.proto\x1a\x1cmillrace/core/v1/stats.proto\x1a\x1cmillrace/core/v1/types.proto\"\xea\x02\n\x10\x44\x65ploymentRecord\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0b\n\x03uid\x18\x03 \x01(\t\x12\x12\n\ngeneration\x18\x04 \x01(\x03\x12\x19\n\x11launch_generation\x18\x05 \x01(\x03\x12/\n\x0b\x63reate_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0bupdate_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12)\n\x08metadata\x18\x08 \x01(\x0b\x32\x17.google.protobuf.Struct\x12.\n\x04spec\x18\t \x01(\x0b\x32 .millrace.core.v1.DeploymentSpec\x12(\n\x06sizing\x18\n \x01(\x0b\x32\x18.millrace.core.v1.Sizing\x12\x12\n\nrequest_id\x18\x0b \x01(\t\"D\n\nNodeRecord\x12\x0c\n\x04node\x18\x01 \x01(\t\x12(\n\x04spec\x18\x02 \x01(\x0b\x32\x1a.millrace.core.v1.NodeSpec\"\x90\x01\n\x0c\x41piKeyRecord\x12\x10\n\x08key_hash\x18\x01 \x01(\t\x12\x16\n\x0e\x64isplay_prefix\x18\x02 \x01(\t\x12\x11\n\tnamespace\x18\x03 \x01(\t\x12\x12\n\ndeployment\x18\x04 \x01(\t\x12/\n\x0b\x63reate_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xd5\x01\n\x14\x44\x65ploymentPlanRecord\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x16\n\x0e\x64\x65ployment_uid\x18\x03 \x01(\t\x12\x1b\n\x13observed_generation\x18\x04 \x01(\x03\x12/\n\nconditions\x18\x05 \x03(\x0b\x32\x1b.millrace.core.v1.Condition\x12\x36\n\x0clast_failure\x18\x06 \x01(\x0b\x32 .millrace.core.v1.ReplicaFailure\"\xa4\x02\n\x15NodeObservationRecord\x12\x32\n\tinventory\x18\x01 \x01(\x0b\x32\x1f.millrace.core.v1.NodeInventory\x12*\n\x05state\x18\x02 \x01(\x0e\x32\x1b.millrace.core.v1.NodeState\x12\x33\n\x0ftransition_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x32\n\x0eheartbeat_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x12\n\nsession_id\x18\x05 \x01(\t\x12.\n\x07\x64\x65vices\x18\x06 \x03(\x0b\x32\x1d.millrace.core.v1.DeviceStats\"h\n\x0cLeaderRecord\x12\x11\n\tmember_id\x18\x01 \x01(\t\x12\x13\n\x0bgrpc_target\x18\x02 \x01(\t\x12\x30\n\x0c\x61\x63quire_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"o\n\x0cRouterRecord\x12\x11\n\trouter_id\x18\x01 \x01(\t\x12\x0b\n\x03url\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\t\x12.\n\nstart_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestampb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fmillrace/state/v1/records.proto\x12\x11millrace.state.v1\x1a\x1cgoogle/protobuf/struct.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a!millrace/core/v1/deployment.proto\x1a\x1bmillrace/core/v1/node.proto\x1a\x1dmillrace/core/v1/policy.proto\x1a\x1dmillrace/core/v1/sizing.proto\x1a\x1cmillrace/core/v1/stats.proto\x1a\x1cmillrace/core/v1/types.proto\"\xea\x02\n\x10\x44\x65ploymentRecord\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0b\n\x03uid\x18\x03 \x01(\t\x12\x12\n\ngeneration\x18\x04 \x01(\x03\x12\x19\n\x11launch_generation\x18\x05 \x01(\x03\x12/\n\x0b\x63reate_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0bupdate_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12)\n\x08metadata\x18\x08 \x01(\x0b\x32\x17.google.protobuf.Struct\x12.\n\x04spec\x18\t \x01(\x0b\x32 .millrace.core.v1.DeploymentSpec\x12(\n\x06sizing\x18\n \x01(\x0b\x32\x18.millrace.core.v1.Sizing\x12\x12\n\nrequest_id\x18\x0b \x01(\t\"D\n\nNodeRecord\x12\x0c\n\x04node\x18\x01 \x01(\t\x12(\n\x04spec\x18\x02 \x01(\x0b\x32\x1a.millrace.core.v1.NodeSpec\"\xb6\x01\n\x0c\x41piKeyRecord\x12\x10\n\x08key_hash\x18\x01 \x01(\t\x12\x16\n\x0e\x64isplay_prefix\x18\x02 \x01(\t\x12\x11\n\tnamespace\x18\x03 \x01(\t\x12\x12\n\ndeployment\x18\x04 \x01(\t\x12/\n\x0b\x63reate_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12$\n\x04tier\x18\x06 \x01(\x0e\x32\x16.millrace.core.v1.Tier\"S\n\x0fNamespaceRecord\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12-\n\x04spec\x18\x02 \x01(\x0b\x32\x1f.millrace.core.v1.NamespaceSpec\"\xd5\x01\n\x14\x44\x65ploymentPlanRecord\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x16\n\x0e\x64\x65ployment_uid\x18\x03 \x01(\t\x12\x1b\n\x13observed_generation\x18\x04 \x01(\x03\x12/\n\nconditions\x18\x05 \x03(\x0b\x32\x1b.millrace.core.v1.Condition\x12\x36\n\x0clast_failure\x18\x06 \x01(\x0b\x32 .millrace.core.v1.ReplicaFailure\"\xa4\x02\n\x15NodeObservationRecord\x12\x32\n\tinventory\x18\x01 \x01(\x0b\x32\x1f.millrace.core.v1.NodeInventory\x12*\n\x05state\x18\x02 \x01(\x0e\x32\x1b.millrace.core.v1.NodeState\x12\x33\n\x0ftransition_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x32\n\x0eheartbeat_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x12\n\nsession_id\x18\x05 \x01(\t\x12.\n\x07\x64\x65vices\x18\x06 \x03(\x0b\x32\x1d.millrace.core.v1.DeviceStats\"h\n\x0cLeaderRecord\x12\x11\n\tmember_id\x18\x01 \x01(\t\x12\x13\n\x0bgrpc_target\x18\x02 \x01(\t\x12\x30\n\x0c\x61\x63quire_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xa4\x01\n\x0cRouterRecord\x12\x11\n\trouter_id\x18\x01 \x01(\t\x12\x0b\n\x03url\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\t\x12.\n\nstart_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x33\n\x06\x64\x65mand\x18\x05 \x03(\x0b\x32#.millrace.state.v1.DeploymentDemand\"\x8e\x02\n\x10\x44\x65ploymentDemand\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12\x12\n\ndeployment\x18\x02 \x01(\t\x12\x1a\n\x12in_flight_requests\x18\x03 \x01(\x05\x12\x17\n\x0fqueued_requests\x18\x04 \x01(\x05\x12\x17\n\x0fparked_requests\x18\x05 \x01(\x05\x12\x16\n\x0erequests_total\x18\x06 \x01(\x03\x12\x35\n\x11last_request_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x1f\n\x12\x66irst_token_p99_ms\x18\x08 \x01(\x01H\x00\x88\x01\x01\x42\x15\n\x13_first_token_p99_msb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'millrace.state.v1.records_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_DEPLOYMENTRECORD']._serialized_start=273
-  _globals['_DEPLOYMENTRECORD']._serialized_end=635
-  _globals['_NODERECORD']._serialized_start=637
-  _globals['_NODERECORD']._serialized_end=705
-  _globals['_APIKEYRECORD']._serialized_start=708
-  _globals['_APIKEYRECORD']._serialized_end=852
-  _globals['_DEPLOYMENTPLANRECORD']._serialized_start=855
-  _globals['_DEPLOYMENTPLANRECORD']._serialized_end=1068
-  _globals['_NODEOBSERVATIONRECORD']._serialized_start=1071
-  _globals['_NODEOBSERVATIONRECORD']._serialized_end=1363
-  _globals['_LEADERRECORD']._serialized_start=1365
-  _globals['_LEADERRECORD']._serialized_end=1469
-  _globals['_ROUTERRECORD']._serialized_start=1471
-  _globals['_ROUTERRECORD']._serialized_end=1582
+  _globals['_DEPLOYMENTRECORD']._serialized_start=304
+  _globals['_DEPLOYMENTRECORD']._serialized_end=666
+  _globals['_NODERECORD']._serialized_start=668
+  _globals['_NODERECORD']._serialized_end=736
+  _globals['_APIKEYRECORD']._serialized_start=739
+  _globals['_APIKEYRECORD']._serialized_end=921
+  _globals['_NAMESPACERECORD']._serialized_start=923
+  _globals['_NAMESPACERECORD']._serialized_end=1006
+  _globals['_DEPLOYMENTPLANRECORD']._serialized_start=1009
+  _globals['_DEPLOYMENTPLANRECORD']._serialized_end=1222
+  _globals['_NODEOBSERVATIONRECORD']._serialized_start=1225
+  _globals['_NODEOBSERVATIONRECORD']._serialized_end=1517
+  _globals['_LEADERRECORD']._serialized_start=1519
+  _globals['_LEADERRECORD']._serialized_end=1623
+  _globals['_ROUTERRECORD']._serialized_start=1626
+  _globals['_ROUTERRECORD']._serialized_end=1790
+  _globals['_DEPLOYMENTDEMAND']._serialized_start=1793
+  _globals['_DEPLOYMENTDEMAND']._serialized_end=2063
 # @@protoc_insertion_point(module_scope)

@@ -11,6 +11,7 @@ from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 from millrace.core.v1 import deployment_pb2 as _deployment_pb2
 from millrace.core.v1 import node_pb2 as _node_pb2
+from millrace.core.v1 import policy_pb2 as _policy_pb2
 from millrace.core.v1 import sizing_pb2 as _sizing_pb2
 from millrace.core.v1 import stats_pb2 as _stats_pb2
 from millrace.core.v1 import types_pb2 as _types_pb2
@@ -136,6 +137,7 @@ class ApiKeyRecord(_message.Message):
     NAMESPACE_FIELD_NUMBER: _builtins.int
     DEPLOYMENT_FIELD_NUMBER: _builtins.int
     CREATE_TIME_FIELD_NUMBER: _builtins.int
+    TIER_FIELD_NUMBER: _builtins.int
     key_hash: _builtins.str
     """SHA-256 of the key, lower-case hexadecimal."""
     display_prefix: _builtins.str
@@ -144,6 +146,8 @@ class ApiKeyRecord(_message.Message):
     """Tenant that it authorises."""
     deployment: _builtins.str
     """Deployment that it was made for; it is deleted with it."""
+    tier: _types_pb2.Tier.ValueType
+    """Class of service of its requests."""
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:
         """When it was made."""
@@ -156,14 +160,43 @@ class ApiKeyRecord(_message.Message):
         namespace: _builtins.str = ...,
         deployment: _builtins.str = ...,
         create_time: _timestamp_pb2.Timestamp | None = ...,
+        tier: _types_pb2.Tier.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "deployment", b"deployment", "display_prefix", b"display_prefix", "key_hash", b"key_hash", "namespace", b"namespace"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "deployment", b"deployment", "display_prefix", b"display_prefix", "key_hash", b"key_hash", "namespace", b"namespace", "tier", b"tier"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ApiKeyRecord: _TypeAlias = ApiKeyRecord  # noqa: Y015
+
+@_typing.final
+class NamespaceRecord(_message.Message):
+    """NamespaceRecord is `spec/namespaces/<namespace>`, written by the API."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAMESPACE_FIELD_NUMBER: _builtins.int
+    SPEC_FIELD_NUMBER: _builtins.int
+    namespace: _builtins.str
+    """Tenant."""
+    @_builtins.property
+    def spec(self) -> _policy_pb2.NamespaceSpec:
+        """What is wanted."""
+
+    def __init__(
+        self,
+        *,
+        namespace: _builtins.str = ...,
+        spec: _policy_pb2.NamespaceSpec | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["spec", b"spec"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["namespace", b"namespace", "spec", b"spec"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___NamespaceRecord: _TypeAlias = NamespaceRecord  # noqa: Y015
 
 @_typing.final
 class DeploymentPlanRecord(_message.Message):
@@ -305,6 +338,7 @@ class RouterRecord(_message.Message):
     URL_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
     START_TIME_FIELD_NUMBER: _builtins.int
+    DEMAND_FIELD_NUMBER: _builtins.int
     router_id: _builtins.str
     """Identity of this run."""
     url: _builtins.str
@@ -315,6 +349,10 @@ class RouterRecord(_message.Message):
     def start_time(self) -> _timestamp_pb2.Timestamp:
         """When it started."""
 
+    @_builtins.property
+    def demand(self) -> _containers.RepeatedCompositeFieldContainer[Global___DeploymentDemand]:
+        """Deployments that this worker has requests for, or had within the last minute."""
+
     def __init__(
         self,
         *,
@@ -322,11 +360,66 @@ class RouterRecord(_message.Message):
         url: _builtins.str = ...,
         version: _builtins.str = ...,
         start_time: _timestamp_pb2.Timestamp | None = ...,
+        demand: _abc.Iterable[Global___DeploymentDemand] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["start_time", b"start_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["router_id", b"router_id", "start_time", b"start_time", "url", b"url", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["demand", b"demand", "router_id", b"router_id", "start_time", b"start_time", "url", b"url", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RouterRecord: _TypeAlias = RouterRecord  # noqa: Y015
+
+@_typing.final
+class DeploymentDemand(_message.Message):
+    """DeploymentDemand is what one router worker sees of the requests for a deployment."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAMESPACE_FIELD_NUMBER: _builtins.int
+    DEPLOYMENT_FIELD_NUMBER: _builtins.int
+    IN_FLIGHT_REQUESTS_FIELD_NUMBER: _builtins.int
+    QUEUED_REQUESTS_FIELD_NUMBER: _builtins.int
+    PARKED_REQUESTS_FIELD_NUMBER: _builtins.int
+    REQUESTS_TOTAL_FIELD_NUMBER: _builtins.int
+    LAST_REQUEST_TIME_FIELD_NUMBER: _builtins.int
+    FIRST_TOKEN_P99_MS_FIELD_NUMBER: _builtins.int
+    namespace: _builtins.str
+    """Tenant."""
+    deployment: _builtins.str
+    """Name."""
+    in_flight_requests: _builtins.int
+    """Requests at engines."""
+    queued_requests: _builtins.int
+    """Requests that wait because every endpoint is saturated."""
+    parked_requests: _builtins.int
+    """Requests that wait because there is no endpoint: they want the deployment woken up."""
+    requests_total: _builtins.int
+    """Requests since the worker started."""
+    first_token_p99_ms: _builtins.float
+    """99th percentile of the time to first token over the last minute, milliseconds; absent without requests."""
+    @_builtins.property
+    def last_request_time(self) -> _timestamp_pb2.Timestamp:
+        """When the last one came."""
+
+    def __init__(
+        self,
+        *,
+        namespace: _builtins.str = ...,
+        deployment: _builtins.str = ...,
+        in_flight_requests: _builtins.int = ...,
+        queued_requests: _builtins.int = ...,
+        parked_requests: _builtins.int = ...,
+        requests_total: _builtins.int = ...,
+        last_request_time: _timestamp_pb2.Timestamp | None = ...,
+        first_token_p99_ms: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_first_token_p99_ms", b"_first_token_p99_ms", "first_token_p99_ms", b"first_token_p99_ms", "last_request_time", b"last_request_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_first_token_p99_ms", b"_first_token_p99_ms", "deployment", b"deployment", "first_token_p99_ms", b"first_token_p99_ms", "in_flight_requests", b"in_flight_requests", "last_request_time", b"last_request_time", "namespace", b"namespace", "parked_requests", b"parked_requests", "queued_requests", b"queued_requests", "requests_total", b"requests_total"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__first_token_p99_ms: _TypeAlias = _typing.Literal["first_token_p99_ms"]  # noqa: Y015
+    _WhichOneofArgType__first_token_p99_ms: _TypeAlias = _typing.Literal["_first_token_p99_ms", b"_first_token_p99_ms"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__first_token_p99_ms) -> _WhichOneofReturnType__first_token_p99_ms | None: ...
+
+Global___DeploymentDemand: _TypeAlias = DeploymentDemand  # noqa: Y015
