@@ -70,6 +70,7 @@ def sizing_to_proto(result: SizingResult) -> sizing_pb2.Sizing:
         weights_bytes=result.weights_bytes,
         kv_bytes_per_token=result.kv_bytes_per_token,
         kv_cache_bytes=result.kv_cache_bytes,
+        kv_cache_tokens=result.kv_cache_tokens,
         overhead_bytes=result.overhead_bytes,
         total_bytes=result.total_bytes,
         device_count=result.device_count,

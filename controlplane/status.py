@@ -179,6 +179,8 @@ def _summary(
     summary.url = observation.url
     summary.pid = observation.pid
     summary.healthy = observation.healthy
+    if observation.HasField("facts"):
+        summary.facts.CopyFrom(observation.facts)
     if observation.HasField("ready_time"):
         summary.ready_time.CopyFrom(observation.ready_time)
     started, ready = from_timestamp(observation.start_time), from_timestamp(observation.ready_time)

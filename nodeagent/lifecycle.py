@@ -77,6 +77,8 @@ class LifecycleLimits:
 # One idle look could fall between two requests' engine steps; gauges lag by a step.
 IDLE_SAMPLES_UNTIL_DRAINED = 2
 _PROBE_GROWTH = 1.2
+# vLLM writes a few hundred lines for each worker until it serves; what a start took stands among the last.
+START_LOG_LINES = 5000
 # Someone else's URL may be a moment late; after this many probes a person should know.
 EXTERNAL_PROBES_UNTIL_WARNING = 3
 
@@ -241,7 +243,20 @@ class Lifecycle:
             replica.observation.facts.kv_cache_tokens = stats.kv_cache_tokens
         if stats.HasField("kv_block_tokens"):
             replica.observation.facts.kv_block_tokens = stats.kv_block_tokens
+        if replica.process is not None:
+            await asyncio.to_thread(self._learn_memory, replica, page)
         replica.take_sample(stats, self.clock)
+
+    def _learn_memory(self, replica: Replica, page: str) -> None:
+        """Learns what the start took; read once, when the engine has just served its first token."""
+        assert replica.process is not None
+        launch = replica.assignment.launch
+        log = "\n".join(last_lines(replica.log_path, START_LOG_LINES))
+        facts = self._adapter(replica).parse_start(log, page, launch)
+        replica.observation.facts.MergeFrom(facts)
+        resident = replica.process.memory_bytes()
+        if resident is not None:
+            replica.observation.facts.resident_bytes = resident
 
     # --- steady -----------------------------------------------------------------------------------
 

@@ -8,11 +8,12 @@ from collections import Counter
 from dataclasses import replace
 
 from millrace.core.v1 import deployment_pb2, node_pb2, sizing_pb2, types_pb2
+from millrace.state.v1 import records_pb2
 
 from controlplane.api.models import ModelSource
 from controlplane.api.view import ClusterView
 from controlplane.convert import sizing_to_proto, struct_to_dict
-from controlplane.sizing import DeviceOption, KnowledgeBase, ModelFacts, SizingRequest, size
+from controlplane.sizing import Calibration, DeviceOption, KnowledgeBase, ModelFacts, SizingRequest, size
 from core.errors import FailedPrecondition, FieldViolation, InvalidArgument
 from core.states import DeviceKind, Engine, Quantization
 
@@ -53,6 +54,7 @@ class Sizer:
                 max_model_len=spec.max_model_len if spec.HasField("max_model_len") else None,
                 extra_args=struct_to_dict(spec.extra_args),
                 engine_facts=self._knowledge.engine(Engine(spec.engine)),
+                calibrations=self._calibrations(spec, launch_model or spec.model),
             )
             sizing = sizing_to_proto(size(request, self.device_options(spec.engine)))
             sizing.launch_model = launch_model
@@ -71,6 +73,22 @@ class Sizer:
                 reason=error.reason,
                 metadata={**error.metadata, "field": field},
             ) from error
+
+    def _calibrations(self, spec: deployment_pb2.DeploymentSpec, model: str) -> tuple[Calibration, ...]:
+        """Returns the latest measurement for each kind of device."""
+        latest: dict[str, records_pb2.CalibrationRecord] = {}
+        for record in self._view.calibrations.items.values():
+            if (record.engine, record.model) != (spec.engine, model):
+                continue
+            # The launch writes the declared quantization; unset and none load the same files.
+            if _quantization(record.quantization) is not _quantization(spec.quantization):
+                continue
+            known = latest.get(record.device_product)
+            if known is None or record.measure_time.ToNanoseconds() > known.measure_time.ToNanoseconds():
+                latest[record.device_product] = record
+        return tuple(
+            calibration_of(record, product=self._short_name(product)) for product, record in latest.items()
+        )
 
     def _checkpoint(self, spec: deployment_pb2.DeploymentSpec) -> str:
         """Returns the repository with the quantized files of a declared model.
@@ -111,6 +129,24 @@ class Sizer:
         """As sentences write it; the driver's own string where the knowledge base does not have it."""
         gpu = self._knowledge.gpu(product) if product else None
         return gpu.short_name if gpu is not None else product
+
+
+def calibration_of(record: records_pb2.CalibrationRecord, *, product: str) -> Calibration:
+    """Reads a measurement; `product` is the device's name as sizing knows it."""
+    return Calibration(
+        product=product,
+        engine_version=record.engine_version,
+        tensor_parallel=max(1, record.tensor_parallel),
+        max_model_len=record.max_model_len,
+        weights_bytes=record.weights_bytes if record.HasField("weights_bytes") else None,
+        besides_cache_bytes=record.besides_cache_bytes if record.HasField("besides_cache_bytes") else None,
+        kv_cache_bytes=record.kv_cache_bytes if record.HasField("kv_cache_bytes") else None,
+        kv_cache_tokens=record.kv_cache_tokens if record.HasField("kv_cache_tokens") else None,
+    )
+
+
+def _quantization(value: types_pb2.Quantization.ValueType) -> Quantization:
+    return Quantization(value) if value else Quantization.NONE
 
 
 def _made_beforehand(spec: deployment_pb2.DeploymentSpec, facts: ModelFacts) -> bool:

@@ -61,6 +61,7 @@ class ClusterView:
         assignments: What the scheduler ordered.
         observations: What agents reported of replicas.
         machines: What fleet knows of nodes.
+        calibrations: What engines were measured to need.
     """
 
     def __init__(self, store: Store, clock: Clock) -> None:
@@ -100,6 +101,13 @@ class ClusterView:
             keys.ACTUAL_NODES,
             records_pb2.NodeObservationRecord.FromString,
             name="api-machines",
+            clock=clock,
+        )
+        self.calibrations = Mirror(
+            store,
+            keys.ACTUAL_CALIBRATIONS,
+            records_pb2.CalibrationRecord.FromString,
+            name="api-calibrations",
             clock=clock,
         )
         self._assigned: defaultdict[DeploymentId, set[str]] = defaultdict(set)
@@ -244,7 +252,7 @@ class ClusterView:
 
     @property
     def _mirrors(self) -> "tuple[Mirror[object], ...]":
-        return (*self._deployment_mirrors, self.nodes, self.machines)  # type: ignore[arg-type]  # read only here
+        return (*self._deployment_mirrors, self.nodes, self.machines, self.calibrations)  # type: ignore[arg-type]  # read only here
 
     @property
     def _deployment_mirrors(self) -> "tuple[Mirror[object], ...]":

@@ -14,6 +14,7 @@ from millrace.fleet.v1 import fleet_service_pb2, fleet_service_pb2_grpc
 from millrace.state.v1 import records_pb2
 
 from controlplane.events import EventSink
+from controlplane.fleet.calibrations import CalibrationWriter
 from controlplane.fleet.liveness import SILENT_HEARTBEATS, Witness, judge
 from controlplane.fleet.nodes import NodeWriter
 from controlplane.fleet.observations import ObservationWriter
@@ -105,6 +106,7 @@ class FleetService:
             sessions=self._sessions,
             plans=self._plans,
             observations=self._observations,
+            calibrations=CalibrationWriter(store, clock, plans=self._plans, nodes=self._node_records),
             nodes=self._nodes,
             stats=self._stats,
             events=events,

@@ -15,6 +15,7 @@ from millrace.core.v1 import replica_pb2
 from millrace.fleet.v1 import fleet_service_pb2, fleet_service_pb2_grpc
 
 from controlplane.events import EventSink
+from controlplane.fleet.calibrations import CalibrationWriter
 from controlplane.fleet.nodes import NodeWriter
 from controlplane.fleet.observations import ObservationWriter, describe_change
 from controlplane.fleet.sessions import Session, SessionTable
@@ -54,6 +55,7 @@ class FleetServicer(fleet_service_pb2_grpc.FleetServiceServicer):
         sessions: SessionTable,
         plans: Mirror[replica_pb2.ReplicaAssignment],
         observations: ObservationWriter,
+        calibrations: CalibrationWriter,
         nodes: NodeWriter,
         stats: StatsWriter,
         events: EventSink,
@@ -65,6 +67,7 @@ class FleetServicer(fleet_service_pb2_grpc.FleetServiceServicer):
         self._sessions = sessions
         self._plans = plans
         self._observations = observations
+        self._calibrations = calibrations
         self._nodes = nodes
         self._stats = stats
         self._events = events
@@ -190,6 +193,7 @@ class FleetServicer(fleet_service_pb2_grpc.FleetServiceServicer):
         session = self._sessions.hear(request.session_id)
         moved, unknown = await self._observations.write(session.node, request.replicas)
         for observation in moved:
+            await self._calibrations.note(observation)
             change = describe_change(observation)
             if change is not None:
                 reason, message, warning = change

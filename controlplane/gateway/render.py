@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from google.protobuf.timestamp_pb2 import Timestamp
-from millrace.core.v1 import deployment_pb2, node_pb2, sizing_pb2, types_pb2
+from millrace.core.v1 import deployment_pb2, node_pb2, replica_pb2, sizing_pb2, types_pb2
 from millrace.scheduler.v1 import scheduler_service_pb2 as messages
 
 from controlplane.api.validation import ENGINE_NAMES, QUANTIZATION_NAMES
@@ -125,6 +125,7 @@ def sizing(resource: sizing_pb2.Sizing) -> schema.Sizing:
         weights_bytes=resource.weights_bytes,
         kv_bytes_per_token=resource.kv_bytes_per_token,
         kv_cache_bytes=resource.kv_cache_bytes,
+        kv_cache_tokens=resource.kv_cache_tokens,
         overhead_bytes=resource.overhead_bytes,
         total_bytes=resource.total_bytes,
         device_count=resource.device_count,
@@ -241,7 +242,13 @@ def _replica(replica: deployment_pb2.ReplicaSummary) -> schema.Replica:
         pid=replica.pid or None,
         device_ids=list(replica.device_ids),
         healthy=replica.healthy,
+        facts=_facts(replica.facts) if replica.HasField("facts") else None,
     )
+
+
+def _facts(facts: replica_pb2.EngineFacts) -> schema.EngineFacts:
+    told = {field.name: value for field, value in facts.ListFields()}
+    return schema.EngineFacts(**{name: told.get(name) for name in schema.EngineFacts.model_fields})
 
 
 def _failure(failure: deployment_pb2.ReplicaFailure) -> schema.Failure:

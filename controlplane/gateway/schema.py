@@ -102,6 +102,7 @@ class Sizing(_Resource):
     weights_bytes: int
     kv_bytes_per_token: int
     kv_cache_bytes: int
+    kv_cache_tokens: int
     overhead_bytes: int
     total_bytes: int
     device_count: int
@@ -142,6 +143,18 @@ class Condition(_Resource):
     transition_time: str | None
 
 
+class EngineFacts(_Resource):
+    """What an engine reported of itself; null is not told."""
+
+    max_model_len: int | None
+    kv_cache_tokens: int | None
+    kv_block_tokens: int | None
+    weights_bytes: int | None
+    kv_cache_bytes: int | None
+    graph_bytes: int | None
+    resident_bytes: int | None
+
+
 class Replica(_Resource):
     """One replica."""
 
@@ -157,6 +170,7 @@ class Replica(_Resource):
     pid: int | None
     device_ids: list[str]
     healthy: bool
+    facts: EngineFacts | None = Field(description="What the engine reported of itself after its start.")
 
 
 class Failure(_Resource):

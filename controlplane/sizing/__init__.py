@@ -9,6 +9,7 @@ from controlplane.sizing.catalog import KnowledgeBase, KnownModel, knowledge_fro
 from controlplane.sizing.facts import SUPPORTED_MODEL_TYPES, ModelFacts, facts_from_config
 from controlplane.sizing.size import size, too_large
 from controlplane.sizing.structs import (
+    Calibration,
     DeviceOption,
     DoesNotFit,
     EngineFacts,
@@ -23,6 +24,7 @@ from controlplane.sizing.units import format_bytes
 __all__ = [
     "SUPPORTED_MODEL_TYPES",
     "Alternative",
+    "Calibration",
     "DeviceOption",
     "DoesNotFit",
     "EngineFacts",

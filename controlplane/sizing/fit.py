@@ -7,10 +7,11 @@ number that is assumed rather than computed stands at the top, with its reason. 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from controlplane.sizing.calibration import cache_scale, calibrated_overhead, calibrated_weights
 from controlplane.sizing.facts import ModelFacts
 from controlplane.sizing.overrides import Overrides
-from controlplane.sizing.structs import DeviceOption, EngineFacts
-from controlplane.sizing.units import GIB, MIB
+from controlplane.sizing.structs import Calibration, DeviceOption, EngineFacts
+from controlplane.sizing.units import GIB, MIB, format_bytes
 from core.states import DeviceKind, Quantization
 
 # A cache for so many sequences of full length keeps a batch going.
@@ -48,6 +49,7 @@ class Demand:
         max_model_len: Asked-for context, tokens; None to take the longest.
         overrides: What the user set by hand.
         engine: What the engine needs besides the model.
+        calibrations: What was measured of earlier starts, at most one for a product.
     """
 
     facts: ModelFacts
@@ -55,6 +57,11 @@ class Demand:
     max_model_len: int | None
     overrides: Overrides
     engine: EngineFacts
+    calibrations: tuple[Calibration, ...] = ()
+
+    def measured(self, option: DeviceOption) -> Calibration | None:
+        """What was measured on such devices; None where nothing was."""
+        return next((each for each in self.calibrations if each.product == option.product), None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,14 +112,26 @@ def overhead_bytes(option: DeviceOption, demand: Demand) -> int:
     """What the engine needs on one device besides weights and cache."""
     if demand.overrides.overhead_bytes is not None:
         return demand.overrides.overhead_bytes
-    return demand.engine.overhead_bytes.get(option.kind, 0)
+    computed = demand.engine.overhead_bytes.get(option.kind, 0)
+    weights, _ = weights_bytes(demand, option)
+    measured = calibrated_overhead(computed, weights, demand.measured(option), option)
+    return computed if measured is None else measured
 
 
-def weights_bytes(demand: Demand) -> tuple[int, str]:
-    """Bytes of the loaded weights, and how they were worked out."""
-    facts, quantization = demand.facts, demand.quantization
+def weights_bytes(demand: Demand, option: DeviceOption | None = None) -> tuple[int, str]:
+    """Bytes of the loaded weights, and how they were worked out; measured ones where `option` has them."""
     if demand.overrides.weights_bytes is not None:
         return demand.overrides.weights_bytes, "set by hand"
+    computed, how = _computed_weights(demand)
+    measured = demand.measured(option) if option is not None else None
+    amount = calibrated_weights(computed, measured)
+    if amount is None or measured is None:
+        return computed, how
+    return amount, f"measured on vLLM {measured.engine_version} (worked out: {format_bytes(computed)})"
+
+
+def _computed_weights(demand: Demand) -> tuple[int, str]:
+    facts, quantization = demand.facts, demand.quantization
     from_files = quantization is Quantization.NONE or facts.quantization is not Quantization.NONE
     if facts.weight_file_bytes is not None and from_files:
         return facts.weight_file_bytes, "sum of the weight files"
@@ -144,7 +163,19 @@ def _copies(facts: ModelFacts, tensor_parallel: int) -> int:
 
 
 def sequence_bytes(demand: Demand, option: DeviceOption, tensor_parallel: int, tokens: int) -> int:
-    """Cache of one sequence over all devices: windows capped, states of constant size added."""
+    """Cache of one sequence over all devices: windows capped, states of constant size added.
+
+    Corrected by what was measured on such devices.
+    """
+    computed = _computed_sequence_bytes(demand, option, tensor_parallel, tokens)
+    measured = demand.measured(option)
+    if measured is None:
+        return computed
+    like = _computed_sequence_bytes(demand, option, measured.tensor_parallel, measured.max_model_len)
+    return round(computed * cache_scale(like, measured))
+
+
+def _computed_sequence_bytes(demand: Demand, option: DeviceOption, tensor_parallel: int, tokens: int) -> int:
     facts, element_bytes = demand.facts, demand.overrides.kv_element_bytes
     windowed = facts.window_elements_per_token * element_bytes
     full = facts.kv_elements_per_token * element_bytes - windowed
@@ -213,7 +244,7 @@ def parallel_degrees(demand: Demand, option: DeviceOption) -> Iterator[int]:
 def fit(demand: Demand, option: DeviceOption, tensor_parallel: int) -> Fit | None:
     """Fits a model on `tensor_parallel` devices of an option; None when it does not fit."""
     facts, overrides = demand.facts, demand.overrides
-    weights, _ = weights_bytes(demand)
+    weights, _ = weights_bytes(demand, option)
     overhead = overhead_bytes(option, demand)
     usable = usable_bytes(option, demand) * tensor_parallel
     budget = usable - overhead * tensor_parallel - weights

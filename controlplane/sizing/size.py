@@ -164,6 +164,7 @@ def checked_demand(request: SizingRequest, devices: Sequence[DeviceOption]) -> D
         max_model_len=tokens,
         overrides=overrides,
         engine=request.engine_facts,
+        calibrations=request.calibrations,
     )
 
 
@@ -224,7 +225,7 @@ def _unbounded(demand: Demand) -> Fit:
 
 def _refusal(demand: Demand, devices: Sequence[DeviceOption]) -> DoesNotFit:
     """Says what is needed, what there is, and the cheapest change."""
-    weights, _ = weights_bytes(demand)
+    weights = min(weights_bytes(demand, each)[0] for each in devices)
     tokens = demand.max_model_len or min(CONTEXT_MIN, demand.facts.max_positions)
     usable = [each for each in devices if each.kind in demand.engine.overhead_bytes] or list(devices)
 
@@ -280,11 +281,12 @@ def _devices_text(kind: DeviceKind, count: int) -> str:
 
 def _result(demand: Demand, found: Fit, *, kinds: tuple[DeviceKind, ...]) -> SizingResult:
     facts = demand.facts
-    _, weights_text = weights_bytes(demand)
+    _, weights_text = weights_bytes(demand, found.option)
     cache_text = _cache_text(found)
     overhead = found.overhead_bytes * found.tensor_parallel
     overhead_text = (
         f"{format_bytes(found.overhead_bytes)} x {found.tensor_parallel} device(s): the engine's own"
+        + _overhead_note(demand, found)
     )
     terms = (
         SizingTerm("weights", found.weights_bytes, weights_text),
@@ -305,6 +307,9 @@ def _result(demand: Demand, found: Fit, *, kinds: tuple[DeviceKind, ...]) -> Siz
         weights_bytes=found.weights_bytes,
         kv_bytes_per_token=found.kv_bytes_per_token,
         kv_cache_bytes=found.kv_cache_bytes,
+        kv_cache_tokens=(
+            found.kv_cache_bytes * found.max_model_len // found.sequence_bytes if found.sequence_bytes else 0
+        ),
         overhead_bytes=found.overhead_bytes,
         total_bytes=found.total_bytes,
         device_count=found.tensor_parallel,
@@ -314,6 +319,13 @@ def _result(demand: Demand, found: Fit, *, kinds: tuple[DeviceKind, ...]) -> Siz
         terms=terms,
         summary=summary,
     )
+
+
+def _overhead_note(demand: Demand, found: Fit) -> str:
+    usual = demand.engine.overhead_bytes.get(found.option.kind, 0)
+    if demand.overrides.overhead_bytes is not None:
+        return ", set by hand"
+    return f", as measured (usual: {format_bytes(usual)})" if found.overhead_bytes != usual else ""
 
 
 def _plain_summary(found: Fit, cache_text: str, kinds: tuple[DeviceKind, ...], model_tokens: int) -> str:

@@ -29,6 +29,31 @@ class EngineFacts:
 
 
 @dataclass(frozen=True, slots=True)
+class Calibration:
+    """What an engine was measured to need for this model on one kind of device. None is not told.
+
+    Attributes:
+        product: Vendor's name of the device, as in `DeviceOption`.
+        engine_version: Of the engine that was measured.
+        tensor_parallel: Devices that shared the weights.
+        max_model_len: Context of that run, tokens.
+        weights_bytes: Loaded weights, over all devices.
+        besides_cache_bytes: Everything but the cache, over all devices.
+        kv_cache_bytes: Cache, over all devices.
+        kv_cache_tokens: Tokens that it held.
+    """
+
+    product: str
+    engine_version: str
+    tensor_parallel: int
+    max_model_len: int
+    weights_bytes: int | None = None
+    besides_cache_bytes: int | None = None
+    kv_cache_bytes: int | None = None
+    kv_cache_tokens: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class GpuModel:
     """A kind of GPU.
 
@@ -73,6 +98,7 @@ class SizingRequest:
         max_model_len: Asked-for context, tokens; None to work it out.
         extra_args: Engine arguments; those that sizing knows override its own numbers.
         engine_facts: What the engine needs besides the model.
+        calibrations: What was measured of earlier starts, at most one for a product.
     """
 
     engine: Engine
@@ -81,6 +107,7 @@ class SizingRequest:
     max_model_len: int | None = None
     extra_args: Mapping[str, object] = field(default_factory=dict)
     engine_facts: EngineFacts = field(default_factory=EngineFacts)
+    calibrations: tuple[Calibration, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +146,7 @@ class SizingResult:
     weights_bytes: int = 0
     kv_bytes_per_token: int = 0
     kv_cache_bytes: int = 0
+    kv_cache_tokens: int = 0
     overhead_bytes: int = 0
     total_bytes: int = 0
     device_count: int = 0

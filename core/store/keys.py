@@ -19,6 +19,7 @@ SPEC_NODES = ROOT + "spec/nodes/"
 SPEC_KEYS = ROOT + "spec/keys/"
 PLAN_DEPLOYMENTS = ROOT + "plan/deployments/"
 PLAN_REPLICAS = ROOT + "plan/replicas/"
+ACTUAL_CALIBRATIONS = ROOT + "actual/calibrations/"
 ACTUAL_NODES = ROOT + "actual/nodes/"
 ACTUAL_REPLICAS = ROOT + "actual/replicas/"
 SERVE_ENDPOINTS = ROOT + "serve/endpoints/"
@@ -61,6 +62,11 @@ def plan_deployment(namespace: str, name: str) -> str:
 def plan_replica(namespace: str, deployment: str, replica: str) -> str:
     """Key of a replica's assignment."""
     return f"{PLAN_REPLICAS}{namespace}/{deployment}/{replica}"
+
+
+def actual_calibration(digest: str) -> str:
+    """Key of what an engine was measured to need."""
+    return ACTUAL_CALIBRATIONS + digest
 
 
 def actual_node(node: str) -> str:

@@ -68,6 +68,10 @@ class EngineAdapter(Protocol):
         """Reads a metrics page; what the page does not say stays unset."""
         ...
 
+    def parse_start(self, log: str, metrics: str, launch: replica_pb2.LaunchSpec) -> replica_pb2.EngineFacts:
+        """Reads what a start took from the engine's log and metrics; what they do not say stays unset."""
+        ...
+
 
 def device_kind(devices: Sequence[ClaimedDevice]) -> types_pb2.DeviceKind.ValueType:
     """Returns the kind that all claimed devices share.

@@ -47,6 +47,15 @@ class ExternalAdapter:
         """Reads a metrics page with vLLM's names."""
         return parse_stats(text, VLLM_NAMES)
 
+    def parse_start(
+        self,
+        log: str,  # noqa: ARG002 - the protocol's signature
+        metrics: str,  # noqa: ARG002 - as above
+        launch: replica_pb2.LaunchSpec,  # noqa: ARG002 - as above
+    ) -> replica_pb2.EngineFacts:
+        """Knows nothing: someone else started it."""
+        return replica_pb2.EngineFacts()
+
 
 def base_url(url: str) -> str:
     """Returns an engine's base URL without a trailing slash or `/v1`."""

@@ -122,5 +122,16 @@ def _read_cache_info(stats: stats_pb2.EngineStats, info: Series) -> None:
         stats.kv_cache_tokens = tokens
 
 
+def cache_memory_bytes(text: str, names: MetricNames) -> int | None:
+    """Returns the size of a cache that was ordered in bytes, a device; None where it was not."""
+    series = read_series(text, frozenset({names.cache_info}))
+    sizes = [
+        size
+        for labels, _ in series.get(names.cache_info, [])
+        if (size := _whole_number(parse_labels(labels).get("kv_cache_memory_bytes"))) is not None
+    ]
+    return max(sizes, default=None)
+
+
 def _whole_number(text: str | None) -> int | None:
     return int(text) if text is not None and text.isdecimal() else None

@@ -72,6 +72,15 @@ class SimulatorAdapter:
         """Reads the simulator's metrics page, which has vLLM's names."""
         return parse_stats(text, VLLM_NAMES)
 
+    def parse_start(
+        self,
+        log: str,  # noqa: ARG002 - the protocol's signature
+        metrics: str,  # noqa: ARG002 - as above
+        launch: replica_pb2.LaunchSpec,  # noqa: ARG002 - as above
+    ) -> replica_pb2.EngineFacts:
+        """Knows nothing: the simulator loads no model."""
+        return replica_pb2.EngineFacts()
+
     def _arguments(self, launch: replica_pb2.LaunchSpec, *, host: str, port: int) -> dict[str, ArgumentValue]:
         computed: dict[str, ArgumentValue] = {
             "model": launch.model,

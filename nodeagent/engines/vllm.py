@@ -17,6 +17,7 @@ from nodeagent.engines.base import CannotStart, ClaimedDevice, LaunchCommand, de
 from nodeagent.engines.kv_events import OPTION as KV_EVENTS_OPTION
 from nodeagent.engines.kv_events import kv_events_config
 from nodeagent.engines.metrics_text import VLLM_NAMES, parse_stats
+from nodeagent.engines.vllm_start import read_start
 
 _MODULE = "vllm.entrypoints.openai.api_server"
 # After SIGTERM the engine finishes running requests for this long; the agent's own limit ends it earlier
@@ -109,6 +110,10 @@ class VllmAdapter:
     def parse_metrics(self, text: str) -> stats_pb2.EngineStats:
         """Reads vLLM's metrics page."""
         return parse_stats(text, VLLM_NAMES)
+
+    def parse_start(self, log: str, metrics: str, launch: replica_pb2.LaunchSpec) -> replica_pb2.EngineFacts:
+        """Reads the memory that vLLM says it took."""
+        return read_start(log, metrics, tensor_parallel=max(1, launch.tensor_parallel))
 
     def _arguments(
         self, launch: replica_pb2.LaunchSpec, *, host: str, port: int, devices: Sequence[ClaimedDevice]

@@ -51,6 +51,10 @@ class EngineProcess(Protocol):
         """How it ended, for a person; says so where that is unknown."""
         ...
 
+    def memory_bytes(self) -> int | None:
+        """Main memory that it and what it started hold; None where that is unknown. Takes milliseconds."""
+        ...
+
     def terminate(self) -> None:
         """Asks it to end."""
         ...

@@ -19,7 +19,13 @@ import structlog
 from core import errors
 from nodeagent.engines.base import CannotStart, LaunchCommand
 from nodeagent.runtimes.base import ProcessIdentity
-from nodeagent.runtimes.processes import all_stats, boot_id, read_environment, read_stat
+from nodeagent.runtimes.processes import (
+    all_stats,
+    boot_id,
+    read_environment,
+    read_stat,
+    session_memory_bytes,
+)
 
 _log = structlog.get_logger(__name__)
 
@@ -92,6 +98,10 @@ class WatchedProcess:
     def exit_description(self) -> str:
         """How it ended, for a person."""
         return self._exit_description
+
+    def memory_bytes(self) -> int | None:
+        """Main memory that the whole session holds; None where the kernel does not tell."""
+        return session_memory_bytes(self._identity.pid)
 
     def terminate(self) -> None:
         """Asks the whole process group to end.

@@ -59,6 +59,26 @@ def all_stats() -> Iterator[ProcessStat]:
                 yield stat
 
 
+def session_memory_bytes(session: int) -> int | None:
+    """Main memory that the processes of a session hold, shared pages divided among those that share them.
+
+    Source: `Pss` of `/proc/PID/smaps_rollup` (proc(5)). None where the kernel does not tell it of any.
+    """
+    total = 0
+    for stat in all_stats():
+        if stat.session != session:
+            continue
+        try:
+            text = (_PROC / str(stat.pid) / "smaps_rollup").read_text()
+        except OSError:
+            continue
+        for line in text.splitlines():
+            if line.startswith("Pss:"):
+                total += int(line.split()[1]) * 1024
+                break
+    return total or None
+
+
 def boot_id() -> str:
     """Returns what tells this start of the machine from others; empty where the kernel does not say."""
     try:

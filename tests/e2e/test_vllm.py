@@ -91,6 +91,17 @@ async def test_the_status_shows_what_the_engine_says(stack: LocalStack) -> None:
     assert "weights" in deployment["sizing"]["summary"]
 
 
+async def test_what_was_worked_out_stands_beside_what_was_measured(stack: LocalStack) -> None:
+    deployment = await call(stack, "GET", f"/v1/deployments/{NAMESPACE}/{NAME}")
+    (replica,) = deployment["replica_states"]
+    sizing, facts = deployment["sizing"], replica["facts"]
+    assert facts["kv_cache_bytes"] == sizing["kv_cache_bytes"]
+    assert facts["kv_cache_tokens"] == pytest.approx(sizing["kv_cache_tokens"], rel=0.03)
+    # vLLM on CPU does not tell its weights; what its processes hold is measured.
+    assert facts["weights_bytes"] is None
+    assert 0.25 * sizing["total_bytes"] < facts["resident_bytes"] < sizing["total_bytes"]
+
+
 async def test_a_killed_vllm_is_replaced_under_load(stack: LocalStack) -> None:
     await call(stack, "PATCH", f"/v1/deployments/{NAMESPACE}/{NAME}", {"replicas": 2})
     await wait_ready(stack, NAMESPACE, NAME, 2, timeout_seconds=180)

@@ -45,6 +45,9 @@ class FakeProcess:
         if self.obedient:
             self.end("exit code 0")
 
+    def memory_bytes(self) -> int | None:
+        return None
+
     def kill(self) -> None:
         self.signals.append("KILL")
 
@@ -128,6 +131,9 @@ class FakeAdapter:
 
     def parse_metrics(self, text: str) -> stats_pb2.EngineStats:
         return parse_stats(text, VLLM_NAMES)
+
+    def parse_start(self, log: str, metrics: str, launch: replica_pb2.LaunchSpec) -> replica_pb2.EngineFacts:
+        return replica_pb2.EngineFacts()
 
 
 class FakeDevices:

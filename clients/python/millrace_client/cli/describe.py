@@ -85,6 +85,7 @@ def _sections(report: _Report) -> Iterator[Any]:
     deployment = report.deployment
     yield from _identity(deployment)
     yield from _sizing(deployment.status.sizing if deployment.status.HasField("sizing") else None)
+    yield from _measured(deployment)
     yield from _conditions(deployment)
     yield from _replicas(deployment)
     yield from _failure(deployment)
@@ -167,6 +168,43 @@ def _sizing(sizing: "Sizing | None") -> Iterator[Any]:
     rows = [(f"  {each.name}", bytes_text(each.bytes), each.explanation) for each in sizing.terms]
     if rows:
         yield table(("  TERM", "MEMORY", "HOW"), [*rows, ("  total", bytes_text(sizing.total_bytes), " ")])
+
+
+def _measured(deployment: "Deployment") -> Iterator[Any]:
+    """What engines reported of themselves beside what was worked out for them."""
+    from millrace_client.cli.render import bytes_text, table
+
+    sizing = deployment.status.sizing
+    estimated = {
+        "weights_bytes": sizing.weights_bytes,
+        "kv_cache_bytes": sizing.kv_cache_bytes,
+        "kv_cache_tokens": sizing.kv_cache_tokens,
+        "resident_bytes": sizing.total_bytes - sizing.kv_cache_bytes,
+        "graph_bytes": 0,
+    }
+    names = {
+        "weights_bytes": "weights",
+        "kv_cache_bytes": "KV cache",
+        "kv_cache_tokens": "KV tokens",
+        "resident_bytes": "in memory after the start",
+        "graph_bytes": "graphs a device",
+    }
+    rows = []
+    for replica in deployment.status.replicas:
+        told = {each.name: value for each, value in replica.facts.ListFields()}
+        for fact, name in names.items():
+            if fact not in told:
+                continue
+            measured, expected = told[fact], estimated[fact]
+            text = (lambda value: f"{value:,}") if fact == "kv_cache_tokens" else bytes_text
+            difference = f"{(measured - expected) / expected:+.1%}" if expected else ""
+            rows.append(
+                (f"  {replica.replica}", name, text(expected) if expected else "", text(measured), difference)
+            )
+    if rows:
+        yield ""
+        yield _heading("Worked out and measured")
+        yield table(("  REPLICA", "TERM", "WORKED OUT", "MEASURED", "DIFFERENCE"), rows)
 
 
 def _conditions(deployment: "Deployment") -> Iterator[Any]:

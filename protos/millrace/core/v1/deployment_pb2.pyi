@@ -10,6 +10,7 @@ from google.protobuf import struct_pb2 as _struct_pb2
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 from millrace.core.v1 import policy_pb2 as _policy_pb2
+from millrace.core.v1 import replica_pb2 as _replica_pb2
 from millrace.core.v1 import sizing_pb2 as _sizing_pb2
 from millrace.core.v1 import types_pb2 as _types_pb2
 import builtins as _builtins
@@ -294,6 +295,7 @@ class ReplicaSummary(_message.Message):
     PID_FIELD_NUMBER: _builtins.int
     DEVICE_IDS_FIELD_NUMBER: _builtins.int
     HEALTHY_FIELD_NUMBER: _builtins.int
+    FACTS_FIELD_NUMBER: _builtins.int
     replica: _builtins.str
     """Identifier, unique for all time."""
     node: _builtins.str
@@ -326,6 +328,10 @@ class ReplicaSummary(_message.Message):
     def device_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Devices it holds."""
 
+    @_builtins.property
+    def facts(self) -> _replica_pb2.EngineFacts:
+        """What the engine reported of itself after its start; absent until it serves."""
+
     def __init__(
         self,
         *,
@@ -341,10 +347,11 @@ class ReplicaSummary(_message.Message):
         pid: _builtins.int = ...,
         device_ids: _abc.Iterable[_builtins.str] | None = ...,
         healthy: _builtins.bool = ...,
+        facts: _replica_pb2.EngineFacts | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["assign_time", b"assign_time", "ready_time", b"ready_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["assign_time", b"assign_time", "facts", b"facts", "ready_time", b"ready_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["assign_time", b"assign_time", "device_ids", b"device_ids", "engine_start_ms", b"engine_start_ms", "generation", b"generation", "healthy", b"healthy", "message", b"message", "node", b"node", "pid", b"pid", "ready_time", b"ready_time", "replica", b"replica", "state", b"state", "url", b"url"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["assign_time", b"assign_time", "device_ids", b"device_ids", "engine_start_ms", b"engine_start_ms", "facts", b"facts", "generation", b"generation", "healthy", b"healthy", "message", b"message", "node", b"node", "pid", b"pid", "ready_time", b"ready_time", "replica", b"replica", "state", b"state", "url", b"url"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -296,34 +296,66 @@ class EngineFacts(_message.Message):
     MAX_MODEL_LEN_FIELD_NUMBER: _builtins.int
     KV_CACHE_TOKENS_FIELD_NUMBER: _builtins.int
     KV_BLOCK_TOKENS_FIELD_NUMBER: _builtins.int
+    WEIGHTS_BYTES_FIELD_NUMBER: _builtins.int
+    KV_CACHE_BYTES_FIELD_NUMBER: _builtins.int
+    GRAPH_BYTES_FIELD_NUMBER: _builtins.int
+    RESIDENT_BYTES_FIELD_NUMBER: _builtins.int
     max_model_len: _builtins.int
     """Context length, tokens."""
     kv_cache_tokens: _builtins.int
     """Key/value cache, tokens."""
     kv_block_tokens: _builtins.int
     """Tokens of one cache block."""
+    weights_bytes: _builtins.int
+    """Loaded weights, bytes, over all devices."""
+    kv_cache_bytes: _builtins.int
+    """Key/value cache, bytes, over all devices."""
+    graph_bytes: _builtins.int
+    """Captured graphs, bytes, a device."""
+    resident_bytes: _builtins.int
+    """Main memory that the engine's processes hold right after its start, bytes; for engines on a CPU share."""
     def __init__(
         self,
         *,
         max_model_len: _builtins.int | None = ...,
         kv_cache_tokens: _builtins.int | None = ...,
         kv_block_tokens: _builtins.int | None = ...,
+        weights_bytes: _builtins.int | None = ...,
+        kv_cache_bytes: _builtins.int | None = ...,
+        graph_bytes: _builtins.int | None = ...,
+        resident_bytes: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_kv_block_tokens", b"_kv_block_tokens", "_kv_cache_tokens", b"_kv_cache_tokens", "_max_model_len", b"_max_model_len", "kv_block_tokens", b"kv_block_tokens", "kv_cache_tokens", b"kv_cache_tokens", "max_model_len", b"max_model_len"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_graph_bytes", b"_graph_bytes", "_kv_block_tokens", b"_kv_block_tokens", "_kv_cache_bytes", b"_kv_cache_bytes", "_kv_cache_tokens", b"_kv_cache_tokens", "_max_model_len", b"_max_model_len", "_resident_bytes", b"_resident_bytes", "_weights_bytes", b"_weights_bytes", "graph_bytes", b"graph_bytes", "kv_block_tokens", b"kv_block_tokens", "kv_cache_bytes", b"kv_cache_bytes", "kv_cache_tokens", b"kv_cache_tokens", "max_model_len", b"max_model_len", "resident_bytes", b"resident_bytes", "weights_bytes", b"weights_bytes"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_kv_block_tokens", b"_kv_block_tokens", "_kv_cache_tokens", b"_kv_cache_tokens", "_max_model_len", b"_max_model_len", "kv_block_tokens", b"kv_block_tokens", "kv_cache_tokens", b"kv_cache_tokens", "max_model_len", b"max_model_len"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_graph_bytes", b"_graph_bytes", "_kv_block_tokens", b"_kv_block_tokens", "_kv_cache_bytes", b"_kv_cache_bytes", "_kv_cache_tokens", b"_kv_cache_tokens", "_max_model_len", b"_max_model_len", "_resident_bytes", b"_resident_bytes", "_weights_bytes", b"_weights_bytes", "graph_bytes", b"graph_bytes", "kv_block_tokens", b"kv_block_tokens", "kv_cache_bytes", b"kv_cache_bytes", "kv_cache_tokens", b"kv_cache_tokens", "max_model_len", b"max_model_len", "resident_bytes", b"resident_bytes", "weights_bytes", b"weights_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__graph_bytes: _TypeAlias = _typing.Literal["graph_bytes"]  # noqa: Y015
+    _WhichOneofArgType__graph_bytes: _TypeAlias = _typing.Literal["_graph_bytes", b"_graph_bytes"]  # noqa: Y015
     _WhichOneofReturnType__kv_block_tokens: _TypeAlias = _typing.Literal["kv_block_tokens"]  # noqa: Y015
     _WhichOneofArgType__kv_block_tokens: _TypeAlias = _typing.Literal["_kv_block_tokens", b"_kv_block_tokens"]  # noqa: Y015
+    _WhichOneofReturnType__kv_cache_bytes: _TypeAlias = _typing.Literal["kv_cache_bytes"]  # noqa: Y015
+    _WhichOneofArgType__kv_cache_bytes: _TypeAlias = _typing.Literal["_kv_cache_bytes", b"_kv_cache_bytes"]  # noqa: Y015
     _WhichOneofReturnType__kv_cache_tokens: _TypeAlias = _typing.Literal["kv_cache_tokens"]  # noqa: Y015
     _WhichOneofArgType__kv_cache_tokens: _TypeAlias = _typing.Literal["_kv_cache_tokens", b"_kv_cache_tokens"]  # noqa: Y015
     _WhichOneofReturnType__max_model_len: _TypeAlias = _typing.Literal["max_model_len"]  # noqa: Y015
     _WhichOneofArgType__max_model_len: _TypeAlias = _typing.Literal["_max_model_len", b"_max_model_len"]  # noqa: Y015
+    _WhichOneofReturnType__resident_bytes: _TypeAlias = _typing.Literal["resident_bytes"]  # noqa: Y015
+    _WhichOneofArgType__resident_bytes: _TypeAlias = _typing.Literal["_resident_bytes", b"_resident_bytes"]  # noqa: Y015
+    _WhichOneofReturnType__weights_bytes: _TypeAlias = _typing.Literal["weights_bytes"]  # noqa: Y015
+    _WhichOneofArgType__weights_bytes: _TypeAlias = _typing.Literal["_weights_bytes", b"_weights_bytes"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__graph_bytes) -> _WhichOneofReturnType__graph_bytes | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__kv_block_tokens) -> _WhichOneofReturnType__kv_block_tokens | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__kv_cache_bytes) -> _WhichOneofReturnType__kv_cache_bytes | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__kv_cache_tokens) -> _WhichOneofReturnType__kv_cache_tokens | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_model_len) -> _WhichOneofReturnType__max_model_len | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__resident_bytes) -> _WhichOneofReturnType__resident_bytes | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__weights_bytes) -> _WhichOneofReturnType__weights_bytes | None: ...
 
 Global___EngineFacts: _TypeAlias = EngineFacts  # noqa: Y015

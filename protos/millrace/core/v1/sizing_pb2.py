@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from millrace.core.v1 import types_pb2 as millrace_dot_core_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dmillrace/core/v1/sizing.proto\x12\x10millrace.core.v1\x1a\x1cmillrace/core/v1/types.proto\"\xe2\x02\n\x06Sizing\x12\x12\n\nparameters\x18\x01 \x01(\x03\x12\x15\n\rweights_bytes\x18\x02 \x01(\x03\x12\x1a\n\x12kv_bytes_per_token\x18\x03 \x01(\x03\x12\x16\n\x0ekv_cache_bytes\x18\x04 \x01(\x03\x12\x16\n\x0eoverhead_bytes\x18\x05 \x01(\x03\x12\x13\n\x0btotal_bytes\x18\x06 \x01(\x03\x12\x14\n\x0c\x64\x65vice_count\x18\x07 \x01(\x05\x12\x17\n\x0ftensor_parallel\x18\x08 \x01(\x05\x12\x15\n\rmax_model_len\x18\t \x01(\x05\x12\x32\n\x0c\x64\x65vice_kinds\x18\n \x03(\x0e\x32\x1c.millrace.core.v1.DeviceKind\x12+\n\x05terms\x18\x0b \x03(\x0b\x32\x1c.millrace.core.v1.SizingTerm\x12\x0f\n\x07summary\x18\x0c \x01(\t\x12\x14\n\x0claunch_model\x18\r \x01(\t\">\n\nSizingTerm\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x62ytes\x18\x02 \x01(\x03\x12\x13\n\x0b\x65xplanation\x18\x03 \x01(\tb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dmillrace/core/v1/sizing.proto\x12\x10millrace.core.v1\x1a\x1cmillrace/core/v1/types.proto\"\xfb\x02\n\x06Sizing\x12\x12\n\nparameters\x18\x01 \x01(\x03\x12\x15\n\rweights_bytes\x18\x02 \x01(\x03\x12\x1a\n\x12kv_bytes_per_token\x18\x03 \x01(\x03\x12\x16\n\x0ekv_cache_bytes\x18\x04 \x01(\x03\x12\x16\n\x0eoverhead_bytes\x18\x05 \x01(\x03\x12\x13\n\x0btotal_bytes\x18\x06 \x01(\x03\x12\x14\n\x0c\x64\x65vice_count\x18\x07 \x01(\x05\x12\x17\n\x0ftensor_parallel\x18\x08 \x01(\x05\x12\x15\n\rmax_model_len\x18\t \x01(\x05\x12\x32\n\x0c\x64\x65vice_kinds\x18\n \x03(\x0e\x32\x1c.millrace.core.v1.DeviceKind\x12+\n\x05terms\x18\x0b \x03(\x0b\x32\x1c.millrace.core.v1.SizingTerm\x12\x0f\n\x07summary\x18\x0c \x01(\t\x12\x14\n\x0claunch_model\x18\r \x01(\t\x12\x17\n\x0fkv_cache_tokens\x18\x0e \x01(\x03\">\n\nSizingTerm\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x62ytes\x18\x02 \x01(\x03\x12\x13\n\x0b\x65xplanation\x18\x03 \x01(\tb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,7 +33,7 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'millrace.core.v1.sizing_pb2
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_SIZING']._serialized_start=82
-  _globals['_SIZING']._serialized_end=436
-  _globals['_SIZINGTERM']._serialized_start=438
-  _globals['_SIZINGTERM']._serialized_end=500
+  _globals['_SIZING']._serialized_end=461
+  _globals['_SIZINGTERM']._serialized_start=463
+  _globals['_SIZINGTERM']._serialized_end=525
 # @@protoc_insertion_point(module_scope)

@@ -40,6 +40,7 @@ class Sizing(_message.Message):
     TERMS_FIELD_NUMBER: _builtins.int
     SUMMARY_FIELD_NUMBER: _builtins.int
     LAUNCH_MODEL_FIELD_NUMBER: _builtins.int
+    KV_CACHE_TOKENS_FIELD_NUMBER: _builtins.int
     parameters: _builtins.int
     """Model parameters, 0 where the engine runs no model of its own (external, simulator)."""
     weights_bytes: _builtins.int
@@ -64,6 +65,8 @@ class Sizing(_message.Message):
     """Model path or id that the engine is started with, where it is not the declared one: a quantization that is
     made beforehand has a repository of its own. Empty: the declared one.
     """
+    kv_cache_tokens: _builtins.int
+    """Tokens that the key/value cache that is set aside should hold; 0 where there is none."""
     @_builtins.property
     def device_kinds(self) -> _containers.RepeatedScalarFieldContainer[_types_pb2.DeviceKind.ValueType]:
         """Kinds of device that can run it, best first; empty where no device is needed."""
@@ -88,10 +91,11 @@ class Sizing(_message.Message):
         terms: _abc.Iterable[Global___SizingTerm] | None = ...,
         summary: _builtins.str = ...,
         launch_model: _builtins.str = ...,
+        kv_cache_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["device_count", b"device_count", "device_kinds", b"device_kinds", "kv_bytes_per_token", b"kv_bytes_per_token", "kv_cache_bytes", b"kv_cache_bytes", "launch_model", b"launch_model", "max_model_len", b"max_model_len", "overhead_bytes", b"overhead_bytes", "parameters", b"parameters", "summary", b"summary", "tensor_parallel", b"tensor_parallel", "terms", b"terms", "total_bytes", b"total_bytes", "weights_bytes", b"weights_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device_count", b"device_count", "device_kinds", b"device_kinds", "kv_bytes_per_token", b"kv_bytes_per_token", "kv_cache_bytes", b"kv_cache_bytes", "kv_cache_tokens", b"kv_cache_tokens", "launch_model", b"launch_model", "max_model_len", b"max_model_len", "overhead_bytes", b"overhead_bytes", "parameters", b"parameters", "summary", b"summary", "tensor_parallel", b"tensor_parallel", "terms", b"terms", "total_bytes", b"total_bytes", "weights_bytes", b"weights_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

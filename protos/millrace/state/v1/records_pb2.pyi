@@ -297,6 +297,95 @@ class NodeObservationRecord(_message.Message):
 Global___NodeObservationRecord: _TypeAlias = NodeObservationRecord  # noqa: Y015
 
 @_typing.final
+class CalibrationRecord(_message.Message):
+    """CalibrationRecord is `actual/calibrations/<hash>`, written by fleet: what an engine of one version was last seen
+    to need for one model on one kind of device. Absent fields were not reported.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ENGINE_FIELD_NUMBER: _builtins.int
+    ENGINE_VERSION_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
+    DEVICE_PRODUCT_FIELD_NUMBER: _builtins.int
+    QUANTIZATION_FIELD_NUMBER: _builtins.int
+    TENSOR_PARALLEL_FIELD_NUMBER: _builtins.int
+    MAX_MODEL_LEN_FIELD_NUMBER: _builtins.int
+    WEIGHTS_BYTES_FIELD_NUMBER: _builtins.int
+    BESIDES_CACHE_BYTES_FIELD_NUMBER: _builtins.int
+    KV_CACHE_BYTES_FIELD_NUMBER: _builtins.int
+    KV_CACHE_TOKENS_FIELD_NUMBER: _builtins.int
+    MEASURE_TIME_FIELD_NUMBER: _builtins.int
+    REPLICA_FIELD_NUMBER: _builtins.int
+    engine: _types_pb2.Engine.ValueType
+    """Which engine."""
+    engine_version: _builtins.str
+    """Its version."""
+    model: _builtins.str
+    """Model path or id as the engine was started with."""
+    device_product: _builtins.str
+    """Vendor's product string of the device."""
+    quantization: _types_pb2.Quantization.ValueType
+    """Quantization that was asked for."""
+    tensor_parallel: _builtins.int
+    """Devices that shared the weights."""
+    max_model_len: _builtins.int
+    """Context length of that run, tokens."""
+    weights_bytes: _builtins.int
+    """Loaded weights, bytes, over all devices."""
+    besides_cache_bytes: _builtins.int
+    """Everything that the engine took but its cache, bytes, over all devices."""
+    kv_cache_bytes: _builtins.int
+    """Key/value cache, bytes, over all devices."""
+    kv_cache_tokens: _builtins.int
+    """Tokens that it holds."""
+    replica: _builtins.str
+    """Replica that was measured."""
+    @_builtins.property
+    def measure_time(self) -> _timestamp_pb2.Timestamp:
+        """When."""
+
+    def __init__(
+        self,
+        *,
+        engine: _types_pb2.Engine.ValueType = ...,
+        engine_version: _builtins.str = ...,
+        model: _builtins.str = ...,
+        device_product: _builtins.str = ...,
+        quantization: _types_pb2.Quantization.ValueType = ...,
+        tensor_parallel: _builtins.int = ...,
+        max_model_len: _builtins.int = ...,
+        weights_bytes: _builtins.int | None = ...,
+        besides_cache_bytes: _builtins.int | None = ...,
+        kv_cache_bytes: _builtins.int | None = ...,
+        kv_cache_tokens: _builtins.int | None = ...,
+        measure_time: _timestamp_pb2.Timestamp | None = ...,
+        replica: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_besides_cache_bytes", b"_besides_cache_bytes", "_kv_cache_bytes", b"_kv_cache_bytes", "_kv_cache_tokens", b"_kv_cache_tokens", "_weights_bytes", b"_weights_bytes", "besides_cache_bytes", b"besides_cache_bytes", "kv_cache_bytes", b"kv_cache_bytes", "kv_cache_tokens", b"kv_cache_tokens", "measure_time", b"measure_time", "weights_bytes", b"weights_bytes"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_besides_cache_bytes", b"_besides_cache_bytes", "_kv_cache_bytes", b"_kv_cache_bytes", "_kv_cache_tokens", b"_kv_cache_tokens", "_weights_bytes", b"_weights_bytes", "besides_cache_bytes", b"besides_cache_bytes", "device_product", b"device_product", "engine", b"engine", "engine_version", b"engine_version", "kv_cache_bytes", b"kv_cache_bytes", "kv_cache_tokens", b"kv_cache_tokens", "max_model_len", b"max_model_len", "measure_time", b"measure_time", "model", b"model", "quantization", b"quantization", "replica", b"replica", "tensor_parallel", b"tensor_parallel", "weights_bytes", b"weights_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__besides_cache_bytes: _TypeAlias = _typing.Literal["besides_cache_bytes"]  # noqa: Y015
+    _WhichOneofArgType__besides_cache_bytes: _TypeAlias = _typing.Literal["_besides_cache_bytes", b"_besides_cache_bytes"]  # noqa: Y015
+    _WhichOneofReturnType__kv_cache_bytes: _TypeAlias = _typing.Literal["kv_cache_bytes"]  # noqa: Y015
+    _WhichOneofArgType__kv_cache_bytes: _TypeAlias = _typing.Literal["_kv_cache_bytes", b"_kv_cache_bytes"]  # noqa: Y015
+    _WhichOneofReturnType__kv_cache_tokens: _TypeAlias = _typing.Literal["kv_cache_tokens"]  # noqa: Y015
+    _WhichOneofArgType__kv_cache_tokens: _TypeAlias = _typing.Literal["_kv_cache_tokens", b"_kv_cache_tokens"]  # noqa: Y015
+    _WhichOneofReturnType__weights_bytes: _TypeAlias = _typing.Literal["weights_bytes"]  # noqa: Y015
+    _WhichOneofArgType__weights_bytes: _TypeAlias = _typing.Literal["_weights_bytes", b"_weights_bytes"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__besides_cache_bytes) -> _WhichOneofReturnType__besides_cache_bytes | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__kv_cache_bytes) -> _WhichOneofReturnType__kv_cache_bytes | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__kv_cache_tokens) -> _WhichOneofReturnType__kv_cache_tokens | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__weights_bytes) -> _WhichOneofReturnType__weights_bytes | None: ...
+
+Global___CalibrationRecord: _TypeAlias = CalibrationRecord  # noqa: Y015
+
+@_typing.final
 class LeaderRecord(_message.Message):
     """LeaderRecord is `live/leader`, leased. The key's create revision is the fencing token."""
 
