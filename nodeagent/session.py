@@ -2,13 +2,13 @@
 
 Out go the inventory, heartbeats, reports and samples; in come assignments. Whatever breaks a session
 (an answer that it is not known any more, a control plane that is away) leads to a new one after a short
-back-off. Engines are never touched by that: only an assignment stops an engine.
+back-off, with the next control plane where there are several. Engines are never touched by that: only an assignment stops an engine.
 """
 
 import asyncio
 import random
 import secrets
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -39,6 +39,7 @@ STREAM_SILENCE_SECONDS = 15.0
 # Periods that a control plane may set: neither a flood nor a silence that looks like death.
 PERIOD_SECONDS_MIN, PERIOD_SECONDS_MAX = 0.05, 60.0
 _JITTER_RATIO = 0.1
+SESSION_INVALID = "ERROR_REASON_SESSION_INVALID"
 
 
 @dataclass(slots=True)
@@ -46,11 +47,13 @@ class SessionState:
     """What is known of the session, for metrics and tests.
 
     Attributes:
+        target: Control plane that the session is with, or that is tried next.
         connected: True while a session is open.
         session_id: Identifier of the present or last session.
         opened_total: Sessions opened since the agent started.
     """
 
+    target: str
     connected: bool = False
     session_id: str = ""
     opened_total: int = 0
@@ -62,7 +65,7 @@ class Session:
     def __init__(
         self,
         *,
-        channel: grpc.aio.Channel,
+        channels: Mapping[str, grpc.aio.Channel],
         token: str,
         inventory: Callable[[], node_pb2.NodeInventory],
         supervisor: Supervisor,
@@ -70,10 +73,10 @@ class Session:
         stats: StatsCollector,
         clock: Clock,
     ) -> None:
-        """Takes its parts; the channel belongs to the caller."""
-        self._stub: fleet_service_pb2_grpc.FleetServiceAsyncStub = fleet_service_pb2_grpc.FleetServiceStub(
-            channel
-        )
+        """Takes its parts; the channels, one for each control plane's address, belong to the caller."""
+        self._stubs: dict[str, fleet_service_pb2_grpc.FleetServiceAsyncStub] = {
+            target: fleet_service_pb2_grpc.FleetServiceStub(channel) for target, channel in channels.items()
+        }
         self._metadata = call_metadata(token)
         self._inventory = inventory
         self._supervisor = supervisor
@@ -83,7 +86,12 @@ class Session:
         self._incarnation = secrets.token_hex(8)
         self._heartbeat_seconds = 2.0
         self._random = random.Random()  # noqa: S311 - spreads calls in time, guards nothing
-        self.state = SessionState()
+        # Agents begin at different control planes, so that sessions spread.
+        self.state = SessionState(target=self._random.choice(list(channels)))
+
+    @property
+    def _stub(self) -> "fleet_service_pb2_grpc.FleetServiceAsyncStub":
+        return self._stubs[self.state.target]
 
     async def run(self) -> None:
         """Opens sessions until cancelled."""
@@ -95,10 +103,19 @@ class Session:
                 await self._hold()
             except* errors.MillraceError as group:
                 error = _first(group)
-                _log.warning("session ended", error=error.message, reason=error.reason)
+                _log.warning(
+                    "session ended", controlplane=self.state.target, error=error.message, reason=error.reason
+                )
+                # One that asks for a new session is there and well; any other trouble is left behind.
+                if error.reason != SESSION_INVALID:
+                    self._turn_to_next()
             finally:
                 self.state.connected = False
             await self._clock.sleep(backoff.failed())
+
+    def _turn_to_next(self) -> None:
+        targets = list(self._stubs)
+        self.state.target = targets[(targets.index(self.state.target) + 1) % len(targets)]
 
     async def _open(self) -> None:
         batch = self._reporter.batch()
@@ -117,7 +134,12 @@ class Session:
         self.state.opened_total += 1
         self._heartbeat_seconds = _seconds(response.heartbeat_period, self._heartbeat_seconds)
         self._stats.period_seconds = _seconds(response.stats_period, self._stats.period_seconds)
-        _log.info("session opened", session_id=response.session_id, replicas=len(replicas))
+        _log.info(
+            "session opened",
+            controlplane=self.state.target,
+            session_id=response.session_id,
+            replicas=len(replicas),
+        )
 
     async def _hold(self) -> None:
         async with asyncio.TaskGroup() as tasks:

@@ -44,7 +44,7 @@ class NodeWriter:
             self._enter(record, NodeState.READY)
             return True
 
-        await self._change(session.node, change)
+        session.opened_revision = await self._change(session.node, change)
 
     def note_devices(self, node: str, devices: Iterable[stats_pb2.DeviceStats]) -> None:
         """Keeps device samples for the next refresh of the record."""
@@ -96,7 +96,8 @@ class NodeWriter:
             record.transition_time.CopyFrom(stamp)
         record.heartbeat_time.CopyFrom(stamp)
 
-    async def _change(self, node: str, change: Callable[[records_pb2.NodeObservationRecord], bool]) -> None:
+    async def _change(self, node: str, change: Callable[[records_pb2.NodeObservationRecord], bool]) -> int:
+        """Changes a record under guard; returns the revision of the write, 0 where nothing was to change."""
         key = keys.actual_node(node)
         for _ in range(WRITE_ATTEMPTS_MAX):
             current = await self._store.get(key)
@@ -104,13 +105,13 @@ class NodeWriter:
             if current is not None:
                 record.ParseFromString(current.value)
             if not change(record):
-                return
+                return 0
             commit = await self._store.commit(
                 [Put(key, record.SerializeToString())],
                 compares=[Compare(key, mod_revision=current.mod_revision if current else 0)],
             )
             if commit.succeeded:
-                return
+                return commit.revision
         raise Conflict(
             f"node {node} changed {WRITE_ATTEMPTS_MAX} times while it was written",
             metadata={"node": node},

@@ -15,11 +15,11 @@ from millrace.state.v1 import records_pb2
 
 from controlplane.events import EventSink
 from controlplane.fleet.calibrations import CalibrationWriter
-from controlplane.fleet.liveness import SILENT_HEARTBEATS, Witness, judge
+from controlplane.fleet.liveness import SILENT_HEARTBEATS, STORE_AGE_SECONDS_MAX, Witness, judge
 from controlplane.fleet.nodes import NodeWriter
 from controlplane.fleet.observations import ObservationWriter
 from controlplane.fleet.servicer import FleetServicer
-from controlplane.fleet.sessions import SessionTable
+from controlplane.fleet.sessions import Session, SessionTable
 from controlplane.fleet.stats import StatsWriter
 from core.clock import Clock
 from core.errors import Conflict
@@ -31,8 +31,6 @@ _log = structlog.get_logger(__name__)
 SERVICE_NAME = fleet_service_pb2.DESCRIPTOR.services_by_name["FleetService"].full_name
 # A node's record is refreshed this many times within the lost-after period.
 REFRESHES_PER_PERIOD = 4
-# A view of the store older than this is not trusted for judging silence.
-STORE_AGE_SECONDS_MAX = 15.0
 # How often a wait for the store says that it still waits.
 SYNC_REPORT_SECONDS = 10.0
 
@@ -185,6 +183,18 @@ class FleetService:
                 except StoreError as error:
                     _log.warning("judgement not stored", key=key, error=str(error))
 
+    def _session_of(self, node: str, record: records_pb2.NodeObservationRecord) -> Session | None:
+        """Returns the node's session here; ends one that the node has left for another control plane."""
+        session = self._sessions.of_node(node)
+        if session is None or not session.opened_revision:
+            return session
+        seen = self._node_records.revision_of(keys.actual_node(node))
+        if seen >= session.opened_revision and record.session_id != session.session_id:
+            _log.info("session ended, the node has opened one elsewhere", node=node)
+            self._sessions.close(session)
+            return None
+        return session
+
     async def _judge_one(self, node: str, record: records_pb2.NodeObservationRecord) -> None:
         assert self._trusted_since is not None
         now = self._clock.monotonic()
@@ -192,7 +202,7 @@ class FleetService:
         witness = self._witnesses.get(node)
         if witness is None or witness.heartbeat_stamp != stamp:
             witness = self._witnesses[node] = Witness(stamp, now)
-        session = self._sessions.of_node(node)
+        session = self._session_of(node, record)
         state = NodeState(record.state)
         deserved = judge(
             state=state,

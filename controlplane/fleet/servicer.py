@@ -16,12 +16,13 @@ from millrace.fleet.v1 import fleet_service_pb2, fleet_service_pb2_grpc
 
 from controlplane.events import EventSink
 from controlplane.fleet.calibrations import CalibrationWriter
+from controlplane.fleet.liveness import STORE_AGE_SECONDS_MAX
 from controlplane.fleet.nodes import NodeWriter
 from controlplane.fleet.observations import ObservationWriter, describe_change
 from controlplane.fleet.sessions import Session, SessionTable
 from controlplane.fleet.stats import StatsWriter
 from core.clock import Clock
-from core.errors import FailedPrecondition, FieldViolation, InvalidArgument
+from core.errors import FailedPrecondition, FieldViolation, InvalidArgument, Unavailable
 from core.store import Mirror, keys
 
 _log = structlog.get_logger(__name__)
@@ -122,9 +123,20 @@ class FleetServicer(fleet_service_pb2_grpc.FleetServiceServicer):
     async def Heartbeat(  # noqa: N802 - as above
         self, request: fleet_service_pb2.HeartbeatRequest, context: Any
     ) -> fleet_service_pb2.HeartbeatResponse:
-        """Notes that the agent lives."""
+        """Notes that the agent lives.
+
+        Raises:
+            Unavailable: This control plane has lost the store. It could not tell the others that the agent
+                lives, and they would give its machine up: the agent goes to one of them.
+        """
         del context
         self._sessions.hear(request.session_id)
+        age_seconds = self._plans.age_seconds()
+        if age_seconds > STORE_AGE_SECONDS_MAX:
+            raise Unavailable(
+                f"this control plane has not heard from etcd for {age_seconds:.0f} s",
+                reason="ERROR_REASON_STORE_UNAVAILABLE",
+            )
         return fleet_service_pb2.HeartbeatResponse(heartbeat_period=_duration(self._heartbeat_seconds))
 
     async def WatchAssignments(  # noqa: N802 - as above
@@ -133,7 +145,8 @@ class FleetServicer(fleet_service_pb2_grpc.FleetServiceServicer):
         """Streams the node's assignments: all of them first, then changes."""
         del context
         session = self._sessions.hear(request.session_id)
-        await self._plans.wait_synced(SYNC_SECONDS)
+        # An agent stops what a complete set does not name: a set that lags behind would cost engines.
+        await self._plans.wait_current(SYNC_SECONDS)
         session.assignments_changed.clear()
         sent = self._assignments_of(session.node)
         serial = 0
