@@ -2,7 +2,8 @@
 
 Out go the inventory, heartbeats, reports and samples; in come assignments. Whatever breaks a session
 (an answer that it is not known any more, a control plane that is away) leads to a new one after a short
-back-off, with the next control plane where there are several. Engines are never touched by that: only an assignment stops an engine.
+back-off, with the next control plane where there are several. Engines are never touched by that: only an
+assignment stops an engine.
 """
 
 import asyncio

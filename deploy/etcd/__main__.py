@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from core import logging
 from deploy.etcd.certificates import OpensslError
 from deploy.etcd.layout import CLIENT_PORT, METRICS_PORT, PEER_PORT, Layout, Member
 from deploy.etcd.members import MemberProcess, StartError
@@ -48,6 +49,7 @@ def local_members(first_port: int) -> tuple[Member, ...]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; returns 0, or 1 with one line on standard error."""
     options = _parser().parse_args(arguments)
+    logging.configure(service="etcd", level="WARNING", style="auto")
     directory: Path = options.directory
     try:
         if options.command == "run":
@@ -87,7 +89,7 @@ def _parser() -> argparse.ArgumentParser:
 def _run(directory: Path, members: tuple[Member, ...]) -> int:
     layout = prepare(directory, members)
     processes = [MemberProcess(layout, each) for each in members]
-    signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with contextlib.ExitStack() as stack:
         for process in processes:
             stack.callback(process.stop)
@@ -96,19 +98,23 @@ def _run(directory: Path, members: tuple[Member, ...]) -> int:
             process.wait_healthy()
         endpoints = [each.client_endpoint for each in members]
         secure(layout, endpoints)
-        print(
-            f"three members run; options of the control plane and, with `router`, of routers:\n"
-            f"  --etcd-endpoints={','.join(endpoints)}\n"
-            f"  --etcd-tls-ca={layout.client('controlplane') / 'ca.pem'}\n"
-            f"  --etcd-tls-certificate={layout.client('controlplane') / 'client.pem'}\n"
-            f"  --etcd-tls-key={layout.client('controlplane') / 'client.key'}",
-            flush=True,
-        )
+        print(_options(layout, endpoints), flush=True)
         with contextlib.suppress(KeyboardInterrupt):
             for process in processes:
                 process.wait_exit()
             return 1
     return 0
+
+
+def _options(layout: Layout, endpoints: Sequence[str]) -> str:
+    folder = layout.client("controlplane")
+    return (
+        "three members run; options of the control plane and, with clients/router, of routers:\n"
+        f"  --etcd-endpoints={','.join(endpoints)}\n"
+        f"  --etcd-tls-ca={folder / 'ca.pem'}\n"
+        f"  --etcd-tls-certificate={folder / 'client.pem'}\n"
+        f"  --etcd-tls-key={folder / 'client.key'}"
+    )
 
 
 if __name__ == "__main__":

@@ -91,7 +91,7 @@ class MemberProcess:
             self._process.send_signal(number)
 
     def kill(self) -> None:
-        """kill -9; its data stays."""
+        """Kills it without a word; its data stays."""
         if self._process is not None:
             self._process.kill()
             self._process.wait(timeout=STOP_SECONDS)

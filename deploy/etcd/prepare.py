@@ -54,7 +54,8 @@ def _check(members: tuple[Member, ...]) -> None:
         raise ValueError("--member: two members have one address; give each its own host or ports")
     if len(members) % 2 == 0:
         raise ValueError(
-            f"--member: {len(members)} members survive no more losses than {len(members) - 1}; take an odd number"
+            f"--member: {len(members)} members survive no more losses than {len(members) - 1}: "
+            "take an odd number"
         )
 
 

@@ -4,13 +4,14 @@ In come the folder and the members' addresses, out go calls of `etcdctl` as root
 a stolen GPU machine must not hold keys of the cluster.
 """
 
+import asyncio
 import os
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from core.store import find_etcd_binary, keys
+from core.store import EtcdSettings, EtcdStore, StoreError, find_etcd_binary, keys
 from deploy.etcd.layout import Layout
 
 ROOT_USER = "root"
@@ -136,10 +137,6 @@ def secure(layout: Layout, endpoints: Sequence[str]) -> None:
 
 def _knows(layout: Layout, endpoints: Sequence[str], user: str) -> bool:
     """Tells whether etcd takes the password in a user's file; true where that cannot be found out."""
-    import asyncio
-
-    from core.store import EtcdSettings, EtcdStore, StoreError
-
     folder = layout.client(user)
     settings = EtcdSettings(
         endpoints=tuple(endpoints),

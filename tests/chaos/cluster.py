@@ -11,8 +11,8 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -163,7 +163,8 @@ class ChaosCluster:
         return "\n".join(f"--- {each.name}\n{each.tail(lines)}" for each in processes)
 
 
-def _secrets(directory: Path) -> tuple[Path, Path]:
+def write_tokens(directory: Path) -> tuple[Path, Path]:
+    """Writes the admin's and the fleet's token files."""
     paths = directory / "admin.token", directory / "fleet.token"
     for path, token in zip(paths, (ADMIN_TOKEN, FLEET_TOKEN), strict=True):
         path.touch(mode=0o600)
@@ -188,27 +189,24 @@ def etcd_options(layout: Layout, user: str, endpoints: list[str], *, password: b
     ]
 
 
-def _start_etcd(directory: Path, count: int) -> tuple[Layout, list[MemberProcess]]:
+@contextmanager
+def secure_etcd(directory: Path, count: int = 3) -> Iterator[tuple[Layout, list[MemberProcess]]]:
+    """Runs a cluster of etcd with TLS and users, as `python -m deploy.etcd run` does."""
     ports = iter(free_ports(3 * count))
     members = tuple(
         Member(f"etcd-{number}", HOST, next(ports), next(ports), next(ports)) for number in range(count)
     )
     layout = prepare(directory, members)
-    return layout, [MemberProcess(layout, each) for each in members]
-
-
-@asynccontextmanager
-async def _etcd(directory: Path, count: int) -> AsyncIterator[tuple[Layout, list[MemberProcess]]]:
-    layout, members = await asyncio.to_thread(_start_etcd, directory, count)
+    processes = [MemberProcess(layout, each) for each in members]
     try:
-        for each in members:
+        for each in processes:
             each.spawn()
-        for each in members:
-            await asyncio.to_thread(each.wait_healthy)
-        await asyncio.to_thread(secure, layout, [each.member.client_endpoint for each in members])
-        yield layout, members
+        for each in processes:
+            each.wait_healthy()
+        secure(layout, [each.client_endpoint for each in members])
+        yield layout, processes
     finally:
-        for each in members:
+        for each in processes:
             each.signal(signal.SIGCONT)
             each.kill()
 
@@ -216,7 +214,7 @@ async def _etcd(directory: Path, count: int) -> AsyncIterator[tuple[Layout, list
 async def _add_controlplane(cluster: ChaosCluster, number: int, *, stack: AsyncExitStack) -> None:
     name = f"controlplane-{number}"
     data = cluster.directory / name
-    admin, fleet = _secrets(cluster.directory)
+    admin, fleet = write_tokens(cluster.directory)
     grpc_port, gateway_port = free_ports(2)
     links = await open_links(HOST, [each.member.client_port for each in cluster.etcd])
     for link in links:
@@ -308,7 +306,7 @@ async def chaos_cluster(
 ) -> AsyncIterator[ChaosCluster]:
     """Runs a cluster with one deployment that serves; kills everything at the end."""
     async with AsyncExitStack() as stack:
-        layout, etcd = await stack.enter_async_context(_etcd(directory / "etcd", members))
+        layout, etcd = stack.enter_context(secure_etcd(directory / "etcd", members))
         folder = layout.client("controlplane")
         store = EtcdStore(
             EtcdSettings(

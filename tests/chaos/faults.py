@@ -75,7 +75,9 @@ def etcd(*, leads: bool) -> Callable[[ChaosCluster], Awaitable[MemberProcess]]:
     return lambda cluster: cluster.etcd_member(leads=leads)
 
 
-def process_of(victim: ControlPlane | AgentNode | ManagedProcess | MemberProcess) -> ManagedProcess | MemberProcess:
+def process_of(
+    victim: ControlPlane | AgentNode | ManagedProcess | MemberProcess,
+) -> ManagedProcess | MemberProcess:
     return victim.process if isinstance(victim, ControlPlane | AgentNode) else victim
 
 

@@ -91,7 +91,9 @@ def _serving(world: World) -> list[str]:
         for replica, each in world.endpoints.items()
         if each.state == types_pb2.ENDPOINT_STATE_READY
     }
-    found = [] if ready == served else [f"endpoints {sorted(served)} are not the ready replicas {sorted(ready)}"]
+    found = (
+        [] if ready == served else [f"endpoints {sorted(served)} are not the ready replicas {sorted(ready)}"]
+    )
     unfinished = set(world.endpoints) - set(served)
     return found + [f"endpoint {replica} is neither gone nor ready" for replica in sorted(unfinished)]
 
