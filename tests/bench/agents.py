@@ -138,7 +138,7 @@ class SimulatedAgent:
                 sample_time=now,
                 running_requests=self._number % 7,
                 waiting_requests=0,
-                kv_cache_usage=0.5,
+                kv_usage_ratio=0.5,
                 generation_tokens_total=int(time.monotonic() * 100),
             )
             for each in self._assigned.values()
@@ -323,7 +323,7 @@ async def _run(arguments: argparse.Namespace, directory: Path) -> None:
                         tasks.append(asyncio.create_task(body, name=f"agent-{each.name}"))
                 await _declare(plane.gateway_url, arguments.agents)
                 await eventually(
-                    lambda: all(each._assigned for each in agents),
+                    lambda: _all_alive(tasks) and all(each._assigned for each in agents),
                     timeout_seconds=READY_SECONDS,
                     interval_seconds=0.1,
                 )
@@ -343,6 +343,14 @@ async def _run(arguments: argparse.Namespace, directory: Path) -> None:
                 await cancel_and_wait(*tasks)
                 for each in agents:
                     await each.close()
+
+
+def _all_alive(tasks: list[asyncio.Task[None]]) -> bool:
+    """Raises what ended an agent, if one has ended."""
+    for task in tasks:
+        if task.done():
+            task.result()
+    return True
 
 
 @contextlib.contextmanager
