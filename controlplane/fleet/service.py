@@ -14,6 +14,7 @@ from millrace.fleet.v1 import fleet_service_pb2, fleet_service_pb2_grpc
 from millrace.state.v1 import records_pb2
 
 from controlplane.events import EventSink
+from controlplane.fleet.assignments import AssignmentIndex
 from controlplane.fleet.calibrations import CalibrationWriter
 from controlplane.fleet.liveness import SILENT_HEARTBEATS, STORE_AGE_SECONDS_MAX, Witness, judge
 from controlplane.fleet.nodes import NodeWriter
@@ -92,10 +93,11 @@ class FleetService:
             name="fleet-nodes",
             clock=clock,
         )
+        self._assignments = AssignmentIndex(self._plans)
         self._plans.subscribe(self._plans_changed)
         self._sessions = SessionTable(clock)
         self._observations = ObservationWriter(store, self._plans, self._actual)
-        self._nodes = NodeWriter(store, clock)
+        self._nodes = NodeWriter(store, clock, self._node_records)
         self._stats = StatsWriter(store, clock)
         self._witnesses: dict[str, Witness] = {}
         self._trusted_since: float | None = None
@@ -103,6 +105,7 @@ class FleetService:
         self._servicer = FleetServicer(
             sessions=self._sessions,
             plans=self._plans,
+            assignments=self._assignments,
             observations=self._observations,
             calibrations=CalibrationWriter(store, clock, plans=self._plans, nodes=self._node_records),
             nodes=self._nodes,
@@ -126,14 +129,12 @@ class FleetService:
             group.create_task(self._forget_loop(), name="fleet-forget")
             group.create_task(self._judge_loop(), name="fleet-judge")
             group.create_task(self._refresh_loop(), name="fleet-refresh")
+            group.create_task(self._stats.run(), name="fleet-stats")
 
     def _plans_changed(self, changed: frozenset[str]) -> None:
-        nodes = {assignment.node for key in changed if (assignment := self._plans.get(key)) is not None}
         if any(self._plans.get(key) is None for key in changed):
-            # Whose a removed assignment was is no longer known; each stream compares for itself.
             self._removed.set()
-            nodes.update(session.node for session in self._sessions.all())
-        for node in nodes:
+        for node in self._assignments.update(changed):
             session = self._sessions.of_node(node)
             if session is not None:
                 session.assignments_changed.set()
@@ -159,14 +160,14 @@ class FleetService:
         while True:
             await self._clock.sleep(period)
             alive_after = self._clock.monotonic() - self._heartbeat_seconds * SILENT_HEARTBEATS
-            for session in self._sessions.all():
-                if session.heard_at < alive_after:
-                    continue
-                try:
-                    if not await self._nodes.refresh(session):
-                        self._sessions.close(session)
-                except (StoreError, Conflict) as error:
-                    _log.warning("node record not refreshed", node=session.node, error=str(error))
+            sessions = self._sessions.all()
+            self._nodes.forget_devices({each.node for each in sessions})
+            alive = [each for each in sessions if each.opened_revision and each.heard_at >= alive_after]
+            try:
+                for session in await self._nodes.refresh(alive):
+                    self._sessions.close(session)
+            except (StoreError, Conflict) as error:
+                _log.warning("node records not refreshed", nodes=len(alive), error=str(error))
 
     async def _judge_loop(self) -> None:
         await _first_listing(self._node_records)
@@ -177,7 +178,13 @@ class FleetService:
                 continue
             if self._trusted_since is None:
                 self._trusted_since = self._clock.monotonic()
-            for key, record in list(self._node_records.items.items()):
+            records = self._node_records.items
+            self._witnesses = {
+                node: witness
+                for node, witness in self._witnesses.items()
+                if keys.actual_node(node) in records
+            }
+            for key, record in records.items():
                 try:
                     await self._judge_one(key.removeprefix(keys.ACTUAL_NODES), record)
                 except StoreError as error:

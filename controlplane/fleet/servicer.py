@@ -15,6 +15,7 @@ from millrace.core.v1 import replica_pb2
 from millrace.fleet.v1 import fleet_service_pb2, fleet_service_pb2_grpc
 
 from controlplane.events import EventSink
+from controlplane.fleet.assignments import AssignmentIndex
 from controlplane.fleet.calibrations import CalibrationWriter
 from controlplane.fleet.liveness import STORE_AGE_SECONDS_MAX
 from controlplane.fleet.nodes import NodeWriter
@@ -55,6 +56,7 @@ class FleetServicer(fleet_service_pb2_grpc.FleetServiceServicer):
         *,
         sessions: SessionTable,
         plans: Mirror[replica_pb2.ReplicaAssignment],
+        assignments: AssignmentIndex,
         observations: ObservationWriter,
         calibrations: CalibrationWriter,
         nodes: NodeWriter,
@@ -67,6 +69,7 @@ class FleetServicer(fleet_service_pb2_grpc.FleetServiceServicer):
     ) -> None:
         self._sessions = sessions
         self._plans = plans
+        self._assignments = assignments
         self._observations = observations
         self._calibrations = calibrations
         self._nodes = nodes
@@ -148,7 +151,7 @@ class FleetServicer(fleet_service_pb2_grpc.FleetServiceServicer):
         # An agent stops what a complete set does not name: a set that lags behind would cost engines.
         await self._plans.wait_current(SYNC_SECONDS)
         session.assignments_changed.clear()
-        sent = self._assignments_of(session.node)
+        sent = self._assignments.of_node(session.node)
         serial = 0
         yield fleet_service_pb2.WatchAssignmentsResponse(
             kind=fleet_service_pb2.ASSIGNMENTS_KIND_COMPLETE,
@@ -163,7 +166,7 @@ class FleetServicer(fleet_service_pb2_grpc.FleetServiceServicer):
                     reason="ERROR_REASON_SESSION_INVALID",
                     metadata={"session_id": session.session_id},
                 )
-            current = self._assignments_of(session.node)
+            current = self._assignments.of_node(session.node)
             changed = [
                 assignment
                 for key, (assignment, revision) in current.items()
@@ -188,13 +191,6 @@ class FleetServicer(fleet_service_pb2_grpc.FleetServiceServicer):
         except TimeoutError:
             return
         session.assignments_changed.clear()
-
-    def _assignments_of(self, node: str) -> dict[str, tuple[replica_pb2.ReplicaAssignment, int]]:
-        return {
-            key: (assignment, self._plans.revision_of(key))
-            for key, assignment in self._plans.items.items()
-            if assignment.node == node
-        }
 
     async def ReportReplicas(  # noqa: N802 - as above
         self, request: fleet_service_pb2.ReportReplicasRequest, context: Any
@@ -236,7 +232,7 @@ class FleetServicer(fleet_service_pb2_grpc.FleetServiceServicer):
     async def ReportStats(  # noqa: N802 - as above
         self, request: fleet_service_pb2.ReportStatsRequest, context: Any
     ) -> fleet_service_pb2.ReportStatsResponse:
-        """Keeps the latest samples."""
+        """Keeps the latest samples; they reach the store a moment later, together with others'."""
         del context
         _require_bounded("engines", len(request.engines))
         session = self._sessions.hear(request.session_id)
@@ -252,5 +248,5 @@ class FleetServicer(fleet_service_pb2_grpc.FleetServiceServicer):
             is not None
             and assignment.node == session.node
         ]
-        await self._stats.write(session.node, known)
+        self._stats.put(known)
         return fleet_service_pb2.ReportStatsResponse(stats_period=_duration(self._stats_seconds))

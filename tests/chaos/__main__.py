@@ -30,17 +30,25 @@ async def _run(faults: list[Fault]) -> list[str]:
     with tempfile.TemporaryDirectory(prefix="millrace-chaos-") as directory:
         async with chaos_cluster(Path(directory)) as cluster:
             await converged(cluster, (await look(cluster)).below(SPEC), COME_UP_SECONDS)
-            _row("fault", "requests", "failed", "longest gap", "what was lost", "time to converge")
-            _row("---", "---:", "---:", "---:", "---", "---:")
+            _row(
+                "fault",
+                "requests",
+                "failed",
+                "longest gap",
+                "slowest request",
+                "what was lost",
+                "time to converge",
+            )
+            _row("---", "---:", "---:", "---:", "---:", "---", "---:")
             for fault in faults:
                 if fault.needs_root and os.geteuid() != 0:
-                    _row(fault.name, "", "", "", "not run: needs root to mount a file system", "")
+                    _row(fault.name, "", "", "", "", "not run: needs root to mount a file system", "")
                     continue
                 try:
                     account = await run_fault(cluster, fault)
                 except AssertionError as error:
                     wrong.append(f"{fault.name}: {error}")
-                    _row(fault.name, "", "", "", f"**{str(error).splitlines()[0]}**", "")
+                    _row(fault.name, "", "", "", "", f"**{str(error).splitlines()[0]}**", "")
                     # What comes next must not be blamed for it.
                     break
                 _row(
@@ -48,6 +56,7 @@ async def _run(faults: list[Fault]) -> list[str]:
                     account.requests,
                     account.failed,
                     f"{account.gap_seconds:.2f} s",
+                    f"{account.slowest_seconds:.2f} s",
                     account.lost,
                     f"{account.converge_seconds:.1f} s",
                 )

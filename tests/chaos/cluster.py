@@ -139,6 +139,14 @@ class ChaosCluster:
         member_id = records_pb2.LeaderRecord.FromString(found.value).member_id
         return next(each for each in self.controlplanes if each.member_id == member_id)
 
+    async def decides(self, controlplane: ControlPlane) -> bool:
+        """Whether a control plane itself says that it leads."""
+        with suppress(aiohttp.ClientError, TimeoutError):
+            url = f"{controlplane.gateway_url}/metrics"
+            async with self.http.get(url, timeout=aiohttp.ClientTimeout(total=2)) as answer:
+                return "\nmillrace_reconciler_is_leader 1.0\n" in await answer.text()
+        return False
+
     async def follower(self) -> ControlPlane:
         leader = await self.leader()
         return next(each for each in self.controlplanes if each is not leader)

@@ -124,9 +124,10 @@ async def unmet(cluster: ChaosCluster, spec: Mapping[str, bytes]) -> list[str]:
         if records_pb2.NodeObservationRecord.FromString(value).state != types_pb2.NODE_STATE_READY
     ]
     leftovers = set(world.observations) - set(world.assignments)
+    leading = [each.name for each in cluster.controlplanes if await cluster.decides(each)]
     return [
         *([] if world.below(SPEC) == spec else ["what users declared was changed"]),
-        *([] if keys.LIVE_LEADER in world.items else ["nobody leads"]),
+        *([] if keys.LIVE_LEADER in world.items and len(leading) == 1 else [f"not one leads: {leading}"]),
         *([] if world.below(keys.LIVE_ROUTERS) else ["no router says that it lives"]),
         *overplaced(world),
         *nodes,

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from core.store import StoreError
 from core.tasks import cancel_and_wait
-from tests.chaos.cluster import DEPLOYMENT, ChaosCluster
+from tests.chaos.cluster import DEPLOYMENT, NAMESPACE, ChaosCluster
 from tests.chaos.faults import Fault
 from tests.chaos.invariants import SPEC, World, look, overplaced, unmet
 from tests.support.load import Load, steady_load
@@ -21,10 +21,12 @@ from tests.support.waiting import eventually
 CLIENTS = 4
 PAUSE_SECONDS = 0.05
 # Load before the harm, so that a gap is seen as one.
-WARM_SECONDS = 1.0
+WARM_SECONDS = 0.5
 # Everything must hold for as long before it counts: a cluster that is about to react has not converged.
-STEADY_SECONDS = 1.0
+STEADY_SECONDS = 0.5
 LOOK_SECONDS = 0.1
+DECLARE_SECONDS = 20.0
+PROBE = "probe"
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +40,8 @@ class Account:
         gap_seconds: Longest time without a completion.
         replaced: Replicas that are gone.
         replicas: Replicas that there were.
-        converge_seconds: From the end of the harm until everything held.
+        slowest_seconds: The request that took longest.
+        converge_seconds: From the end of the harm until everything held and a new declaration served.
         errors: What failed requests were told, a few of them.
     """
 
@@ -46,6 +49,7 @@ class Account:
     requests: int
     failed: int
     gap_seconds: float
+    slowest_seconds: float
     replaced: int
     replicas: int
     converge_seconds: float
@@ -57,8 +61,12 @@ class Account:
         return f"{self.replaced} of {self.replicas} replicas, replaced" if self.replaced else "nothing"
 
 
-async def converged(cluster: ChaosCluster, spec: dict[str, bytes], within_seconds: float) -> float:
-    """Waits until everything holds; returns since how many seconds it has, counted from the call."""
+async def converged(cluster: ChaosCluster, spec: dict[str, bytes], within_seconds: float) -> None:
+    """Waits until everything has held for a while.
+
+    Raises:
+        AssertionError: It does not within the bound; with what does not hold.
+    """
     began = time.monotonic()
     holds_since: float | None = None
     problems: list[str] = ["nobody looked"]
@@ -74,11 +82,41 @@ async def converged(cluster: ChaosCluster, spec: dict[str, bytes], within_second
         elif holds_since is None:
             holds_since = now
         elif now - holds_since >= STEADY_SECONDS:
-            return holds_since - began
+            return
         if holds_since is None and now - began > within_seconds:
             lines = "\n  ".join(problems)
             raise AssertionError(f"not converged within {within_seconds:.0f} s:\n  {lines}\n{cluster.logs()}")
         await asyncio.sleep(LOOK_SECONDS)
+
+
+async def _declared(cluster: ChaosCluster, name: str) -> None:
+    """Declares something new, at the first control plane that takes it."""
+    deadline = time.monotonic() + DECLARE_SECONDS
+    while True:
+        try:
+            await cluster.declare(name, replicas=len(cluster.nodes))
+        except AssertionError:
+            if time.monotonic() > deadline:
+                raise
+            await asyncio.sleep(LOOK_SECONDS)
+        else:
+            return
+
+
+async def _recovered(cluster: ChaosCluster, fault: Fault, spec: dict[str, bytes]) -> float:
+    """Waits until everything holds and something new can be declared and serves; returns after how long.
+
+    A cluster in which nobody decides any more would hold still, too: that is why something is asked of it.
+    """
+    began = time.monotonic()
+    await _declared(cluster, PROBE)
+    now = (await look(cluster)).below(SPEC)
+    assert spec.items() <= now.items(), "what users had declared was changed"
+    await converged(cluster, now, fault.converge_seconds)
+    took = time.monotonic() - began - STEADY_SECONDS
+    await cluster.call("DELETE", f"/v1/deployments/{NAMESPACE}/{PROBE}")
+    await converged(cluster, spec, fault.converge_seconds)
+    return took
 
 
 async def _watch_devices(cluster: ChaosCluster, found: list[str]) -> None:
@@ -110,7 +148,7 @@ async def run_fault(cluster: ChaosCluster, fault: Fault, *, hold_seconds: float 
                 await asyncio.sleep(fault.hold_seconds if hold_seconds is None else hold_seconds)
             finally:
                 await heal()
-            took = await converged(cluster, spec, fault.converge_seconds)
+            took = await _recovered(cluster, fault, spec)
             moment = time.monotonic()
             await eventually(
                 lambda: load.succeeded_since(moment) >= CLIENTS,
@@ -132,6 +170,7 @@ def _account(fault: Fault, load: Load, before: World, after: World, took: float)
         requests=len(load.outcomes),
         failed=len(load.failures),
         gap_seconds=max((later - earlier for earlier, later in itertools.pairwise(ends)), default=0.0),
+        slowest_seconds=max(each.ended - each.began for each in load.outcomes),
         replaced=len(gone),
         replicas=len(before.assignments),
         converge_seconds=took,
