@@ -37,7 +37,8 @@ from tests.chaos.processes import ManagedProcess
 from tests.support.ports import free_ports
 from tests.support.waiting import eventually
 
-GIBIBYTE = 2**30
+# Room for one simulator on each machine, so that the scheduler uses them all.
+DEVICE_BYTES = 64 * 2**20
 # What agents allow a call.
 CALL_SECONDS = 5.0
 REPLICAS_A_DEPLOYMENT = 100
@@ -81,7 +82,7 @@ class SimulatedAgent:
         engine = node_pb2.EngineEnvironment(
             engine=types_pb2.ENGINE_SIMULATOR, version="1", device_kinds=[types_pb2.DEVICE_KIND_CPU]
         )
-        device = node_pb2.Device(id="cpu", kind=types_pb2.DEVICE_KIND_CPU, memory_bytes=GIBIBYTE)
+        device = node_pb2.Device(id="cpu", kind=types_pb2.DEVICE_KIND_CPU, memory_bytes=DEVICE_BYTES)
         inventory = node_pb2.NodeInventory(node=self.name, devices=[device], engines=[engine])
         answer = await self._stub.OpenSession(
             fleet_service_pb2.OpenSessionRequest(inventory=inventory, agent_incarnation="bench"),
@@ -326,6 +327,7 @@ async def _run(arguments: argparse.Namespace, directory: Path) -> None:
                     lambda: _all_alive(tasks) and all(each._assigned for each in agents),
                     timeout_seconds=READY_SECONDS,
                     interval_seconds=0.1,
+                    message=f"not every agent was assigned a replica\n{plane.process.tail()}",
                 )
                 placed_seconds = time.monotonic() - began
                 # What the start has stirred up settles.

@@ -139,6 +139,12 @@ class ChaosCluster:
         member_id = records_pb2.LeaderRecord.FromString(found.value).member_id
         return next(each for each in self.controlplanes if each.member_id == member_id)
 
+    async def answers(self, url: str) -> bool:
+        with suppress(aiohttp.ClientError, TimeoutError):
+            async with self.http.get(url, timeout=aiohttp.ClientTimeout(total=2)) as answer:
+                return answer.status == 200
+        return False
+
     async def decides(self, controlplane: ControlPlane) -> bool:
         """Whether a control plane itself says that it leads."""
         with suppress(aiohttp.ClientError, TimeoutError):
@@ -347,6 +353,10 @@ async def _come_up(cluster: ChaosCluster, nodes: int, replicas: int) -> None:
         except StoreError:
             return False
 
+    async def serve() -> bool:
+        return all([await cluster.answers(f"{each.gateway_url}/health") for each in cluster.controlplanes])
+
     await eventually(joined, timeout_seconds=30)
+    await eventually(serve, timeout_seconds=30)
     made = await cluster.declare(DEPLOYMENT, replicas=replicas)
     cluster.api_key = made["apiKey"]
