@@ -33,8 +33,11 @@ _T = TypeVar("_T")
 
 # A control plane that restarts is back within seconds, and all agents come at once.
 SESSION_BACKOFF = BackoffPolicy(initial_seconds=0.1, maximum_seconds=1.0)
-# A call that takes longer will not succeed; the next attempt may reach another member.
-CALL_SECONDS = 5.0
+# A call that takes longer will not succeed; the next attempt may reach another control plane. Short, since a
+# control plane that hangs holds up the report of an engine that has ended.
+CALL_SECONDS = 3.0
+# Opening writes to etcd, which may be electing a leader, and all agents may come at once.
+OPEN_SECONDS = 5.0
 # The stream of assignments shows a sign of life more often than this, or it is dead.
 STREAM_SILENCE_SECONDS = 15.0
 # Periods that a control plane may set: neither a flood nor a silence that looks like death.
@@ -128,6 +131,7 @@ class Session:
             fleet_service_pb2.OpenSessionRequest(
                 inventory=inventory, replicas=replicas.values(), agent_incarnation=self._incarnation
             ),
+            timeout_seconds=OPEN_SECONDS,
         )
         self._reporter.accepted(batch, with_events=False)
         self.state.session_id = response.session_id
@@ -227,9 +231,11 @@ class Session:
 
     # --- shared -------------------------------------------------------------------------------------
 
-    async def _call(self, method: Callable[..., Awaitable[_T]], request: object) -> _T:
+    async def _call(
+        self, method: Callable[..., Awaitable[_T]], request: object, *, timeout_seconds: float = CALL_SECONDS
+    ) -> _T:
         try:
-            return await method(request, metadata=self._metadata, timeout=CALL_SECONDS)
+            return await method(request, metadata=self._metadata, timeout=timeout_seconds)
         except grpc.aio.AioRpcError as error:
             raise from_rpc_error(error) from error
 

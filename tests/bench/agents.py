@@ -40,7 +40,7 @@ from tests.support.waiting import eventually
 # Room for one simulator on each machine, so that the scheduler uses them all.
 DEVICE_BYTES = 64 * 2**20
 # What agents allow a call.
-CALL_SECONDS = 5.0
+CALL_SECONDS = 3.0
 REPLICAS_A_DEPLOYMENT = 100
 READY_SECONDS = 120.0
 # Sessions that are opened at one time: a machine room that comes back, not a denial of service.
@@ -319,9 +319,11 @@ async def _run(arguments: argparse.Namespace, directory: Path) -> None:
             try:
                 opened_seconds = await _open_all(agents)
                 began = time.monotonic()
-                for each in agents:
-                    for body in (each.follow(), each.beat(), each.sample()):
-                        tasks.append(asyncio.create_task(body, name=f"agent-{each.name}"))
+                tasks.extend(
+                    asyncio.create_task(body, name=f"agent-{each.name}")
+                    for each in agents
+                    for body in (each.follow(), each.beat(), each.sample())
+                )
                 await _declare(plane.gateway_url, arguments.agents)
                 await eventually(
                     lambda: _all_alive(tasks) and all(each._assigned for each in agents),

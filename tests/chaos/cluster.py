@@ -5,7 +5,6 @@ between each agent and each control plane. The harness itself reads etcd past th
 simulators, real processes of their own.
 """
 
-import asyncio
 import json
 import os
 import signal

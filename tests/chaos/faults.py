@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 from deploy.etcd.members import MemberProcess
 from tests.chaos.cluster import NAMESPACE, AgentNode, ChaosCluster, ControlPlane
@@ -185,21 +186,26 @@ def clock_jump(whom: Callable[[ChaosCluster], Awaitable[ControlPlane | AgentNode
     return inject
 
 
+def _fill(path: Path) -> None:
+    """Writes until the disk takes no more."""
+    with suppress(OSError), path.open("wb", buffering=0) as filler:
+        while True:
+            filler.write(b"x" * 4096)
+
+
 async def disk_full(cluster: ChaosCluster) -> Heal:
     """Puts a tiny file system in place of an agent's logs, full to the last byte, and kills its engine."""
     node = await first_node(cluster)
     logs = node.data / "logs"
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", str(logs)], check=True)
-    with suppress(OSError), (logs / "filler").open("wb") as filler:
-        while True:
-            filler.write(b"x" * 4096)
-            filler.flush()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "none", str(logs)]
+    await asyncio.to_thread(subprocess.run, mount, check=True)
+    await asyncio.to_thread(_fill, logs / "filler")
     for victim in node.engines().values():
         os.killpg(victim.pid, signal.SIGKILL)
 
     async def heal() -> None:
         # Lazily: engines that were started meanwhile hold their files open.
-        subprocess.run(["umount", "--lazy", str(logs)], check=True)
+        await asyncio.to_thread(subprocess.run, ["umount", "--lazy", str(logs)], check=True)
 
     return heal
 

@@ -1,4 +1,4 @@
-"""Runs a Millrace process whose wall clock a test can set: `python -m tests.chaos.skewed MODULE ARGUMENTS...`.
+"""Runs a Millrace process whose wall clock a test can set: `python -m tests.chaos.skewed MODULE ARGUMENTS`.
 
 The offset in seconds stands in the file named by MILLRACE_TEST_CLOCK_OFFSET and is read at every look at the
 clock, so that time jumps while the process runs. The monotonic clock is left alone, as a real jump leaves it.
@@ -22,6 +22,6 @@ def _now(_self: SystemClock) -> datetime:
 
 
 if __name__ == "__main__":
-    SystemClock.now = _now  # type: ignore[method-assign]  # the one seam through which all stamps come
+    SystemClock.now = _now  # type: ignore[method-assign, assignment]  # the seam of all stamps
     del sys.argv[0]
     runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)

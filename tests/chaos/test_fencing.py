@@ -135,9 +135,11 @@ async def _history(store: EtcdStore, start: int, seen: list[replica_pb2.ReplicaA
     """Notes every write of an assignment, also of those that are gone again."""
     async with aclosing(store.watch(keys.PLAN_REPLICAS, start_revision=start)) as batches:
         async for batch in batches:
-            for event in batch.events:
-                if event.value is not None:
-                    seen.append(replica_pb2.ReplicaAssignment.FromString(event.value.value))
+            seen.extend(
+                replica_pb2.ReplicaAssignment.FromString(event.value.value)
+                for event in batch.events
+                if event.value is not None
+            )
 
 
 async def test_a_leader_that_sleeps_through_its_commit_writes_nothing_when_it_wakes(
