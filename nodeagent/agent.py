@@ -159,6 +159,7 @@ class Agent:
             await self._start()
             services = {
                 "session": self.session.run(),
+                "orphans": self.supervisor.collect_orphans(),
                 "stats": self._stats.run(),
                 "kv-events": self._kv_events.run(),
                 "log-rotation": self._rotate_logs(),

@@ -8,6 +8,7 @@ import asyncio
 import os
 import signal
 import subprocess
+import sys
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from datetime import timedelta
 from pathlib import Path
 
 from deploy.etcd.members import MemberProcess
+from nodeagent.runtimes.base import LABEL_HOME, LABEL_INCARNATION, LABEL_NODE, LABEL_REPLICA
 from tests.chaos.cluster import NAMESPACE, AgentNode, ChaosCluster, ControlPlane
 from tests.chaos.link import Link
 from tests.chaos.processes import ManagedProcess
@@ -186,6 +188,25 @@ def clock_jump(whom: Callable[[ChaosCluster], Awaitable[ControlPlane | AgentNode
     return inject
 
 
+async def orphan(cluster: ChaosCluster) -> Heal:
+    """Leaves a process behind that carries an agent's label and belongs to no replica."""
+    node = await first_node(cluster)
+    environment = {
+        **os.environ,
+        LABEL_HOME: str(node.data),
+        LABEL_NODE: node.name,
+        LABEL_REPLICA: "forgotten",
+        LABEL_INCARNATION: "forgotten",
+    }
+    command = [sys.executable, "-c", "import time; time.sleep(600)"]
+    process = await asyncio.create_subprocess_exec(*command, env=environment, start_new_session=True)
+
+    async def heal() -> None:
+        await process.wait()
+
+    return heal
+
+
 def _fill(path: Path) -> None:
     """Writes until the disk takes no more."""
     with suppress(OSError), path.open("wb", buffering=0) as filler:
@@ -285,6 +306,7 @@ FAULTS: tuple[Fault, ...] = (
     Fault("clock of an agent: +1 h, then back", clock_jump(first_node, HOUR_SECONDS), 10),
     Fault("clock of an agent: -1 h, then back", clock_jump(first_node, -HOUR_SECONDS), 10),
     Fault("disk full in an agent's log folder", disk_full, 10, loses_replicas=True, needs_root=True),
+    Fault("an engine that no replica owns", orphan, 0),
     Fault("engines that start in 15 s, and one killed", slow_start(15), 10, 40, loses_replicas=True),
     Fault(
         "engine that crashes at its first request",
