@@ -21,7 +21,7 @@ from millrace.fleet.v1 import fleet_service_pb2, fleet_service_pb2_grpc
 
 from core import errors
 from core.backoff import Backoff, BackoffPolicy
-from core.clock import Clock
+from core.clock import Clock, from_timestamp
 from core.rpc import call_metadata
 from core.rpc_errors import from_rpc_error
 from nodeagent.reporting import Reporter
@@ -217,15 +217,18 @@ class Session:
                 return f"no sign of life for {STREAM_SILENCE_SECONDS:.0f} s"
             if not isinstance(message, fleet_service_pb2.WatchAssignmentsResponse):
                 return "the stream ended"
+            sent_at = from_timestamp(message.send_time)
             if message.kind == fleet_service_pb2.ASSIGNMENTS_KIND_COMPLETE:
                 _log.info("all assignments", replicas=[each.replica for each in message.assigned])
-                await self._supervisor.apply_complete(message.assigned)
+                await self._supervisor.apply_complete(message.assigned, sent_at=sent_at)
             elif version is None:
                 return "a change came before the complete set"
             elif message.applies_to != version:
                 return f"a change was missed: it builds on {message.applies_to!r}, known is {version!r}"
             else:
-                await self._supervisor.apply_change(message.assigned, message.removed_replicas)
+                await self._supervisor.apply_change(
+                    message.assigned, message.removed_replicas, sent_at=sent_at
+                )
             version = message.results_in
             backoff.succeeded()
 

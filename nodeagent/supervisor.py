@@ -8,6 +8,7 @@ the control plane is no input here: engines go on.
 import asyncio
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
+from datetime import datetime
 from pathlib import Path
 
 import structlog
@@ -169,21 +170,31 @@ class Supervisor:
 
     # --- assignments --------------------------------------------------------------------------------
 
-    async def apply_complete(self, assignments: Iterable[replica_pb2.ReplicaAssignment]) -> None:
+    async def apply_complete(
+        self, assignments: Iterable[replica_pb2.ReplicaAssignment], *, sent_at: datetime | None = None
+    ) -> None:
         """Takes a complete set: whatever is not in it is stopped and forgotten."""
         assigned = {assignment.replica: assignment for assignment in assignments}
-        await self.apply_change(assigned.values(), [name for name in self._replicas if name not in assigned])
+        gone = [name for name in self._replicas if name not in assigned]
+        await self.apply_change(assigned.values(), gone, sent_at=sent_at)
 
     async def apply_change(
-        self, assigned: Iterable[replica_pb2.ReplicaAssignment], removed: Iterable[str]
+        self,
+        assigned: Iterable[replica_pb2.ReplicaAssignment],
+        removed: Iterable[str],
+        *,
+        sent_at: datetime | None = None,
     ) -> None:
-        """Takes a change."""
+        """Takes a change, sent at a time of the control plane's clock."""
         for name in removed:
             replica = self._replicas.get(name)
             if replica is not None:
                 await self._remove(replica)
         for assignment in assigned:
             self._assign(assignment)
+            replica = self._replicas.get(assignment.replica)
+            if replica is not None:
+                replica.note_drain_deadline(self._clock, sent_at)
 
     def _assign(self, assignment: replica_pb2.ReplicaAssignment) -> None:
         known = self._replicas.get(assignment.replica)

@@ -22,7 +22,7 @@ from controlplane.fleet.nodes import NodeWriter
 from controlplane.fleet.observations import ObservationWriter, describe_change
 from controlplane.fleet.sessions import Session, SessionTable
 from controlplane.fleet.stats import StatsWriter
-from core.clock import Clock
+from core.clock import Clock, to_timestamp
 from core.errors import FailedPrecondition, FieldViolation, InvalidArgument, Unavailable
 from core.store import Mirror, keys
 
@@ -157,6 +157,7 @@ class FleetServicer(fleet_service_pb2_grpc.FleetServiceServicer):
             kind=fleet_service_pb2.ASSIGNMENTS_KIND_COMPLETE,
             results_in=str(serial),
             assigned=[assignment for assignment, _ in sent.values()],
+            send_time=to_timestamp(self._clock.now()),
         )
         while True:
             await self._changed_or_progress(session)
@@ -180,6 +181,7 @@ class FleetServicer(fleet_service_pb2_grpc.FleetServiceServicer):
                 results_in=str(serial + 1),
                 assigned=changed,
                 removed_replicas=removed,
+                send_time=to_timestamp(self._clock.now()),
             )
             serial += 1
 
