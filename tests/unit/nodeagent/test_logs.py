@@ -4,6 +4,8 @@ import asyncio
 import errno
 from pathlib import Path
 
+import pytest
+
 from nodeagent import logs
 from tests.support.waiting import eventually
 
