@@ -81,7 +81,7 @@ async def _one(cluster: ChaosCluster, fault: Fault) -> str:
 async def _take_overs() -> list[str]:
     """Takes the leader away in every way and prints how long nobody decided."""
     print("\nThe leader is gone; seconds until another decides\n")
-    _row("how", "elected", "declared then: assigned", "killed then: replaced", "requests", "failed")
+    _row("how", "elected", "first replica assigned", "all assigned", "requests", "failed")
     _row("---", "---:", "---:", "---:", "---:", "---:")
     wrong: list[str] = []
     async with _cluster() as cluster:

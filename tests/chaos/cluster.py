@@ -138,6 +138,11 @@ class ChaosCluster:
         member_id = records_pb2.LeaderRecord.FromString(found.value).member_id
         return next(each for each in self.controlplanes if each.member_id == member_id)
 
+    async def silent(self) -> list[str]:
+        """Control planes that do not serve."""
+        found = [await self.answers(f"{each.gateway_url}/health") for each in self.controlplanes]
+        return [each.name for each, answers in zip(self.controlplanes, found, strict=True) if not answers]
+
     async def answers(self, url: str) -> bool:
         with suppress(aiohttp.ClientError, TimeoutError):
             async with self.http.get(url, timeout=aiohttp.ClientTimeout(total=2)) as answer:
@@ -353,7 +358,7 @@ async def _come_up(cluster: ChaosCluster, nodes: int, replicas: int) -> None:
             return False
 
     async def serve() -> bool:
-        return all([await cluster.answers(f"{each.gateway_url}/health") for each in cluster.controlplanes])
+        return not await cluster.silent()
 
     await eventually(joined, timeout_seconds=30)
     await eventually(serve, timeout_seconds=30)

@@ -30,8 +30,8 @@ class TakeOver:
 
     Attributes:
         elected: When another control plane held the lead.
-        assigned: When the replica that was declared at that moment was assigned.
-        replaced: When the replacement of the engine that was killed at that moment was assigned.
+        assigned: When it had assigned the first replica.
+        replaced: When the engine that was killed at that moment was replaced and the declaration fulfilled.
         requests: Requests of the load.
         failed: Those that did not get a whole completion.
     """

@@ -128,6 +128,7 @@ async def unmet(cluster: ChaosCluster, spec: Mapping[str, bytes]) -> list[str]:
     return [
         *([] if world.below(SPEC) == spec else ["what users declared was changed"]),
         *([] if keys.LIVE_LEADER in world.items and len(leading) == 1 else [f"not one leads: {leading}"]),
+        *[f"{name} does not serve" for name in await cluster.silent()],
         *([] if world.below(keys.LIVE_ROUTERS) else ["no router says that it lives"]),
         *overplaced(world),
         *nodes,

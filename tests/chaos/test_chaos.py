@@ -18,6 +18,8 @@ def test_every_fault_has_a_name_of_its_own() -> None:
     assert set(SHORT) <= set(names)
 
 
+# Longer than the usual bound: five faults, and machines differ.
+@pytest.mark.timeout(240)
 async def test_a_cluster_that_is_hurt_comes_back(tmp_path: Path) -> None:
     async with chaos_cluster(tmp_path) as cluster:
         await converged(cluster, (await look(cluster)).below(SPEC), 30)
