@@ -96,7 +96,7 @@ class FleetService:
         self._assignments = AssignmentIndex(self._plans)
         self._plans.subscribe(self._plans_changed)
         self._sessions = SessionTable(clock)
-        self._observations = ObservationWriter(store, self._plans, self._actual)
+        self._observations = ObservationWriter(store, self._plans, self._actual, self._assignments)
         self._nodes = NodeWriter(store, clock, self._node_records)
         self._stats = StatsWriter(store, clock)
         self._witnesses: dict[str, Witness] = {}
