@@ -69,11 +69,13 @@ class AgentNode:
 
     def engines(self) -> dict[str, psutil.Process]:
         """Live engines of this machine, by replica, found by the label that the agent gives them."""
-        return {
-            environment["MILLRACE_REPLICA"]: process
-            for process, environment in labelled_processes(self.data)
-            if os.getsid(process.pid) == process.pid
-        }
+        found = {}
+        for process, environment in labelled_processes(self.data):
+            # It may end while it is looked at.
+            with suppress(ProcessLookupError):
+                if os.getsid(process.pid) == process.pid:
+                    found[environment["MILLRACE_REPLICA"]] = process
+        return found
 
 
 def labelled_processes(home: Path) -> list[tuple[psutil.Process, dict[str, str]]]:
