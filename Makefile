@@ -27,7 +27,8 @@ ETCD_PORT ?= 2389
 ROUTER_WORKERS ?= 1
 ENGINE ?= vllm
 
-.PHONY: help up down test test-unit test-integration test-e2e lint type gen fmt bench bench-router clean sync
+.PHONY: help up down test test-unit test-integration test-e2e lint type gen fmt bench bench-router bench-scheduler
+.PHONY: chaos clean sync
 
 help: ## Show this help
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
@@ -58,13 +59,13 @@ down: $(STAMP) ## Stop what `make up` started, from another terminal
 test: $(STAMP) ## All tests: unit, properties, contract, integration, and real vLLM end to end
 	@$(BIN)/python -m deploy.local.engine_environment
 	@$(BIN)/python -m pytest tests/unit tests/properties tests/contract -n 2
-	@$(BIN)/python -m pytest tests/integration tests/e2e
+	@$(BIN)/python -m pytest tests/integration tests/chaos tests/e2e
 
 test-unit: $(STAMP) ## Unit and property tests only (under a minute)
 	@$(BIN)/python -m pytest tests/unit tests/properties -n 2
 
 test-integration: $(STAMP) ## Contract and integration tests: real etcd, real processes
-	@$(BIN)/python -m pytest tests/contract tests/integration
+	@$(BIN)/python -m pytest tests/contract tests/integration tests/chaos
 
 test-e2e: $(STAMP) ## End to end on real vLLM
 	@$(BIN)/python -m deploy.local.engine_environment
@@ -81,6 +82,12 @@ bench-router: $(STAMP) ## Compare picking strategies in virtual time (TRACE=FILE
 	@for load in one-prefix shared-prefix multi-turn random; do \
 		$(BIN)/python -m tests.bench.router_trace --load $$load; done
 	@$(BIN)/python -m tests.bench.prefix_index
+
+bench-scheduler: $(STAMP) ## A thousand simulated agents against one control plane and etcd
+	@$(BIN)/python -m tests.bench.agents
+
+chaos: $(STAMP) ## Hurt every process of a real cluster in every way, and check what holds (about 15 minutes)
+	@$(BIN)/python -m tests.chaos
 
 $(BUF):
 	@command -v npm >/dev/null || { echo "buf needs node and npm, and npm is not on PATH: install nodejs and npm, then run this again"; exit 1; }
@@ -99,7 +106,7 @@ lint: $(STAMP) $(BUF) ## ruff, import-linter, size limits, buf lint/format/break
 	@$(MAKE) check-gen
 
 type: $(STAMP) ## mypy --strict, tests included
-	@$(BIN)/mypy core controlplane nodeagent router clients/python deploy/local tests
+	@$(BIN)/mypy core controlplane nodeagent router clients/python deploy/local deploy/etcd tests
 
 fmt: $(STAMP) $(BUF) ## Format Python and protos
 	@$(BIN)/ruff check --fix --quiet $(SOURCES) || true

@@ -132,9 +132,11 @@ class Agent:
     def _dial_out(self) -> None:
         """Builds the session and what is told of it; nothing is sent before `run`."""
         settings = self._settings
-        self._channel: grpc.aio.Channel = open_channel(settings.controlplane_target, tls=settings.tls())
+        self._channels: dict[str, grpc.aio.Channel] = {
+            target: open_channel(target, tls=settings.tls()) for target in settings.controlplane_targets
+        }
         self.session = Session(
-            channel=self._channel,
+            channels=self._channels,
             token=read_token(settings.fleet_token_file),
             inventory=self.inventory.read,
             supervisor=self.supervisor,
@@ -157,6 +159,7 @@ class Agent:
             await self._start()
             services = {
                 "session": self.session.run(),
+                "orphans": self.supervisor.collect_orphans(),
                 "stats": self._stats.run(),
                 "kv-events": self._kv_events.run(),
                 "log-rotation": self._rotate_logs(),
@@ -225,7 +228,8 @@ class Agent:
             await self._server.stop(0.5)
         if self._runner is not None:
             await self._runner.cleanup()
-        await self._channel.close()
+        for channel in self._channels.values():
+            await channel.close()
         await self._http.close()
 
     async def _rotate_logs(self) -> None:

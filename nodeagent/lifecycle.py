@@ -18,7 +18,7 @@ import structlog
 from millrace.core.v1 import types_pb2
 
 from core import errors
-from core.clock import Clock, from_timestamp, to_timestamp
+from core.clock import Clock, to_timestamp
 from core.states import ReplicaState
 from core.tasks import cancel_and_wait
 from nodeagent import health
@@ -322,13 +322,10 @@ class Lifecycle:
         now = self.clock.monotonic()
         if now - replica.state_since < self.limits.drain_pause:
             return self.limits.drain_pause - (now - replica.state_since)
-        deadline = from_timestamp(replica.assignment.drain_deadline_time)
-        over = (
-            self.clock.now() >= deadline
-            if deadline is not None
-            else now - replica.state_since >= self.limits.drain_default
-        )
-        if over:
+        if replica.drain_end_at is None:
+            replica.note_drain_deadline(self.clock, None)
+        end_at = replica.drain_end_at
+        if now >= (end_at if end_at is not None else replica.state_since + self.limits.drain_default):
             return self._stop(replica, "stopped at the drain deadline")
         if replica.external:
             return self._stop(replica, "no longer watched")

@@ -6,11 +6,16 @@ lost; that is the price of an engine that needs no agent to go on writing.
 """
 
 import asyncio
+import errno
 import os
 import shutil
 from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+
+import structlog
+
+_log = structlog.get_logger(__name__)
 
 # A file beyond this is rotated; the agent looks every ROTATION_PERIOD_SECONDS.
 ROTATE_BYTES = 32 * 1024 * 1024
@@ -25,6 +30,7 @@ KEPT_ENDED_LOGS = 50
 FOLLOW_INTERVAL_SECONDS = 0.1
 PROGRESS_SECONDS = 5.0
 _BLOCK_BYTES = 64 * 1024
+_NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +99,11 @@ async def follow(path: Path, offset: int, ended: Callable[[], bool]) -> AsyncIte
 
 
 def rotate(path: Path, limit_bytes: int = ROTATE_BYTES) -> bool:
-    """Shortens a file that has grown beyond the limit; tells whether it did."""
+    """Shortens a file that has grown beyond the limit; tells whether it did.
+
+    Raises:
+        OSError: The file cannot be copied for another reason than a full disk.
+    """
     try:
         if path.stat().st_size <= limit_bytes:
             return False
@@ -103,7 +113,14 @@ def rotate(path: Path, limit_bytes: int = ROTATE_BYTES) -> bool:
         earlier = _rotated(path, number - 1)
         if earlier.exists():
             earlier.replace(_rotated(path, number))
-    shutil.copyfile(path, _rotated(path, 1))
+    try:
+        shutil.copyfile(path, _rotated(path, 1))
+    except OSError as error:
+        if error.errno not in _NO_SPACE:
+            raise
+        # Lines are worth less than room on the disk, which the engines and the journal need.
+        _rotated(path, 1).unlink(missing_ok=True)
+        _log.warning("no room to keep the log's earlier lines, they are dropped", path=str(path))
     os.truncate(path, 0)
     return True
 

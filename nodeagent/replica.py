@@ -6,11 +6,12 @@ state stands in `nodeagent.lifecycle`; who calls it, in `nodeagent.supervisor`.
 
 import asyncio
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 
 from millrace.core.v1 import replica_pb2, stats_pb2, types_pb2
 
-from core.clock import Clock, to_timestamp
+from core.clock import Clock, from_timestamp, to_timestamp
 from core.states import ReplicaState
 from nodeagent.health import HealthTracker
 from nodeagent.journal import JournalEntry
@@ -20,6 +21,8 @@ from nodeagent.runtimes.base import EngineProcess
 MESSAGE_LENGTH_MAX = 1024
 LOG_TAIL_LINES = 30
 LOG_TAIL_LINE_LENGTH_MAX = 1000
+# The control plane drains for an hour at most: a deadline beyond that comes from a clock that is wrong.
+DRAIN_SECONDS_MAX = 3600.0
 
 
 @dataclass(slots=True)
@@ -77,6 +80,7 @@ class Replica:
         state_since: Monotonic time of the last change of state.
         port: Port of the engine; 0 while it has none.
         process: The engine; None where there is none (any more).
+        drain_end_at: Monotonic time at which draining is over; None without a deadline.
         removed: No longer assigned: to be stopped and forgotten.
         halted: To be stopped because the agent stops with its engines.
         wake: Set when something happened that the next step should look at without waiting.
@@ -94,6 +98,7 @@ class Replica:
     state_since: float
     port: int = 0
     process: EngineProcess | None = None
+    drain_end_at: float | None = None
     removed: bool = False
     halted: bool = False
     wake: asyncio.Event = field(default_factory=asyncio.Event)
@@ -142,6 +147,24 @@ class Replica:
             self.assignment.drain_deadline_time.CopyFrom(assignment.drain_deadline_time)
             self.wake.set()
         return True
+
+    def note_drain_deadline(self, clock: Clock, sent_at: datetime | None) -> None:
+        """Works out by our monotonic clock when draining is over.
+
+        The deadline is a time of the control plane's clock. What counts is how much was left when the order
+        was sent, so that a clock of ours that is wrong cuts no request off and holds up no end.
+
+        Args:
+            clock: Ours.
+            sent_at: The control plane's time as it sent the order; None where it does not say: then the two
+                clocks are taken to agree.
+        """
+        deadline = from_timestamp(self.assignment.drain_deadline_time)
+        if deadline is None:
+            self.drain_end_at = None
+            return
+        left_seconds = (deadline - (sent_at or clock.now())).total_seconds()
+        self.drain_end_at = clock.monotonic() + min(DRAIN_SECONDS_MAX, max(0.0, left_seconds))
 
     def advance(
         self, state: ReplicaState, *, clock: Clock, message: str = "", log_tail: list[str] | None = None

@@ -18,6 +18,14 @@ from core.settings import LogOptions, Port, TlsOptions, process_configuration, r
 _NODE = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 
 
+# Every one that does not answer costs a call's time-out before the next is tried.
+CONTROLPLANES_MAX = 9
+
+
+def _targets(text: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(each.strip() for each in text.split(",") if each.strip()))
+
+
 def default_node_name(host_name: str) -> str:
     """Makes a host name DNS-safe: lower case, digits and dashes, at most 63 characters."""
     name = re.sub(r"[^a-z0-9]+", "-", host_name.lower()).strip("-")[:63].strip("-")
@@ -42,7 +50,10 @@ class AgentSettings(LogOptions, TlsOptions):
     )
     metrics_host: str = Field("127.0.0.1", description="Address of /metrics and /health.")
     metrics_port: Port = Field(7611, description="Port of /metrics and /health; 0 takes a free one.")
-    controlplane_target: str = Field("127.0.0.1:7600", description="host:port of the control plane.")
+    controlplane_target: str = Field(
+        "127.0.0.1:7600",
+        description="Control planes, host:port, separated by commas; the next one is taken where one fails.",
+    )
     fleet_token_file: Path = Field(
         description="File with the fleet token, which the agent shows and accepts."
     )
@@ -94,10 +105,16 @@ class AgentSettings(LogOptions, TlsOptions):
     @field_validator("controlplane_target")
     @classmethod
     def _check_target(cls, value: str) -> str:
-        try:
-            split_target(value)
-        except errors.InvalidArgument as error:
-            raise ValueError(error.violations[0].description) from error
+        targets = _targets(value)
+        if not targets:
+            raise ValueError("name at least one control plane, as host:port")
+        if len(targets) > CONTROLPLANES_MAX:
+            raise ValueError(f"{len(targets)} control planes; at most {CONTROLPLANES_MAX} are tried in turn")
+        for target in targets:
+            try:
+                split_target(target)
+            except errors.InvalidArgument as error:
+                raise ValueError(error.violations[0].description) from error
         return value
 
     @field_validator("fleet_token_file", "admin_token_file", "router_token_file")
@@ -114,6 +131,11 @@ class AgentSettings(LogOptions, TlsOptions):
         for option, host in (("--grpc-host", self.grpc_host), ("--metrics-host", self.metrics_host)):
             require_safe_bind(host, self.tls(), allow_plaintext=self.allow_plaintext, option=option)
         return self
+
+    @property
+    def controlplane_targets(self) -> tuple[str, ...]:
+        """Addresses of the control planes, each once."""
+        return _targets(self.controlplane_target)
 
     @property
     def node_name(self) -> str:

@@ -8,6 +8,7 @@ the control plane is no input here: engines go on.
 import asyncio
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
+from datetime import datetime
 from pathlib import Path
 
 import structlog
@@ -32,6 +33,8 @@ _log = structlog.get_logger(__name__)
 STEP_BACKOFF = BackoffPolicy(initial_seconds=0.2, maximum_seconds=5.0)
 # After so many failures in a row the replica is given up, so that it is placed elsewhere.
 STEP_FAILURES_MAX = 10
+# An engine that nobody owns holds memory of devices that are given to others; looking takes milliseconds.
+ORPHAN_PERIOD_SECONDS = 15.0
 
 
 class Supervisor:
@@ -126,12 +129,26 @@ class Supervisor:
         """
         for entry in await self._journal.load():
             await self._adopt(entry)
-        known = frozenset(
-            replica.process.identity.pid for replica in self._replicas.values() if replica.process is not None
-        )
-        killed = await self._runtime.sweep_unknown(self._labels, known)
+        await self._collect_orphans()
+
+    async def collect_orphans(self) -> None:
+        """Kills engines of ours that nobody owns, again and again: whatever escaped their end."""
+        while True:
+            await self._clock.sleep(ORPHAN_PERIOD_SECONDS)
+            await self._collect_orphans()
+
+    async def _collect_orphans(self) -> None:
+        killed = await self._runtime.sweep_unknown(self._labels, self._is_owned)
         if killed:
-            _log.warning("killed engines that the journal does not know", processes=killed)
+            _log.warning("killed engines that no replica owns", processes=killed)
+
+    def _is_owned(self, session: int, incarnation: str) -> bool:
+        """Tells whether an engine belongs to a replica; one that is being started has its incarnation."""
+        return any(
+            (replica.process is not None and replica.process.identity.pid == session)
+            or (not replica.state.terminal and replica.observation.incarnation == incarnation != "")
+            for replica in self._replicas.values()
+        )
 
     async def close(self) -> None:
         """Ends the workers and lets engines run on."""
@@ -153,21 +170,31 @@ class Supervisor:
 
     # --- assignments --------------------------------------------------------------------------------
 
-    async def apply_complete(self, assignments: Iterable[replica_pb2.ReplicaAssignment]) -> None:
+    async def apply_complete(
+        self, assignments: Iterable[replica_pb2.ReplicaAssignment], *, sent_at: datetime | None = None
+    ) -> None:
         """Takes a complete set: whatever is not in it is stopped and forgotten."""
         assigned = {assignment.replica: assignment for assignment in assignments}
-        await self.apply_change(assigned.values(), [name for name in self._replicas if name not in assigned])
+        gone = [name for name in self._replicas if name not in assigned]
+        await self.apply_change(assigned.values(), gone, sent_at=sent_at)
 
     async def apply_change(
-        self, assigned: Iterable[replica_pb2.ReplicaAssignment], removed: Iterable[str]
+        self,
+        assigned: Iterable[replica_pb2.ReplicaAssignment],
+        removed: Iterable[str],
+        *,
+        sent_at: datetime | None = None,
     ) -> None:
-        """Takes a change."""
+        """Takes a change, sent at a time of the control plane's clock."""
         for name in removed:
             replica = self._replicas.get(name)
             if replica is not None:
                 await self._remove(replica)
         for assignment in assigned:
             self._assign(assignment)
+            replica = self._replicas.get(assignment.replica)
+            if replica is not None:
+                replica.note_drain_deadline(self._clock, sent_at)
 
     def _assign(self, assignment: replica_pb2.ReplicaAssignment) -> None:
         known = self._replicas.get(assignment.replica)

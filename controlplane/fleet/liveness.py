@@ -12,6 +12,9 @@ from core.states import NodeState
 
 # A node is called silent after so many heartbeats were missed in a row.
 SILENT_HEARTBEATS = 3
+# A view of the store older than this is not trusted: no silence is judged by it, and agents are sent to
+# another control plane. Word comes every 5 s, and a dead watch is noticed after 10 s.
+STORE_AGE_SECONDS_MAX = 15.0
 
 
 @dataclass(frozen=True, slots=True)

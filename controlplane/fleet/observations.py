@@ -10,6 +10,7 @@ from datetime import datetime
 import structlog
 from millrace.core.v1 import replica_pb2, types_pb2
 
+from controlplane.fleet.assignments import AssignmentIndex
 from core.clock import to_timestamp
 from core.errors import Conflict
 from core.store import Commit, Compare, Delete, Mirror, Put, Store, keys
@@ -31,6 +32,11 @@ def plan_key_of(actual_key: str) -> str:
     return keys.PLAN_REPLICAS + actual_key.removeprefix(keys.ACTUAL_REPLICAS)
 
 
+def actual_key_of(plan_key: str) -> str:
+    """Key of what is reported of an assignment's replica."""
+    return keys.ACTUAL_REPLICAS + plan_key.removeprefix(keys.PLAN_REPLICAS)
+
+
 def supersedes(new: replica_pb2.ReplicaObservation, old: replica_pb2.ReplicaObservation | None) -> bool:
     """Tells whether a report is to be stored over what is known: same or later state, and different."""
     if old is None:
@@ -48,9 +54,11 @@ class ObservationWriter:
         store: Store,
         plans: Mirror[replica_pb2.ReplicaAssignment],
         actual: Mirror[replica_pb2.ReplicaObservation],
+        assignments: AssignmentIndex,
     ) -> None:
         self._store = store
         self._plans = plans
+        self._assignments = assignments
         self._actual = actual
 
     async def write(
@@ -115,9 +123,13 @@ class ObservationWriter:
             Conflict: A record changed more often than it was retried.
         """
         failed: list[replica_pb2.ReplicaObservation] = []
-        for known in self._actual.items.values():
-            running = types_pb2.REPLICA_STATE_STARTING <= known.state < types_pb2.REPLICA_STATE_STOPPED
-            if known.node != node or known.replica in reported or not running:
+        # An observation lives no longer than its assignment, and all agents may come at once: only the
+        # node's own are looked at.
+        for key in self._assignments.of_node(node):
+            known = self._actual.get(actual_key_of(key))
+            if known is None or known.replica in reported:
+                continue
+            if not types_pb2.REPLICA_STATE_STARTING <= known.state < types_pb2.REPLICA_STATE_STOPPED:
                 continue
             observation = replica_pb2.ReplicaObservation()
             observation.CopyFrom(known)

@@ -14,12 +14,13 @@ from millrace.fleet.v1 import fleet_service_pb2, fleet_service_pb2_grpc
 from millrace.state.v1 import records_pb2
 
 from controlplane.events import EventSink
+from controlplane.fleet.assignments import AssignmentIndex
 from controlplane.fleet.calibrations import CalibrationWriter
-from controlplane.fleet.liveness import SILENT_HEARTBEATS, Witness, judge
+from controlplane.fleet.liveness import SILENT_HEARTBEATS, STORE_AGE_SECONDS_MAX, Witness, judge
 from controlplane.fleet.nodes import NodeWriter
 from controlplane.fleet.observations import ObservationWriter
 from controlplane.fleet.servicer import FleetServicer
-from controlplane.fleet.sessions import SessionTable
+from controlplane.fleet.sessions import Session, SessionTable
 from controlplane.fleet.stats import StatsWriter
 from core.clock import Clock
 from core.errors import Conflict
@@ -31,8 +32,6 @@ _log = structlog.get_logger(__name__)
 SERVICE_NAME = fleet_service_pb2.DESCRIPTOR.services_by_name["FleetService"].full_name
 # A node's record is refreshed this many times within the lost-after period.
 REFRESHES_PER_PERIOD = 4
-# A view of the store older than this is not trusted for judging silence.
-STORE_AGE_SECONDS_MAX = 15.0
 # How often a wait for the store says that it still waits.
 SYNC_REPORT_SECONDS = 10.0
 
@@ -94,10 +93,11 @@ class FleetService:
             name="fleet-nodes",
             clock=clock,
         )
+        self._assignments = AssignmentIndex(self._plans)
         self._plans.subscribe(self._plans_changed)
         self._sessions = SessionTable(clock)
-        self._observations = ObservationWriter(store, self._plans, self._actual)
-        self._nodes = NodeWriter(store, clock)
+        self._observations = ObservationWriter(store, self._plans, self._actual, self._assignments)
+        self._nodes = NodeWriter(store, clock, self._node_records)
         self._stats = StatsWriter(store, clock)
         self._witnesses: dict[str, Witness] = {}
         self._trusted_since: float | None = None
@@ -105,6 +105,7 @@ class FleetService:
         self._servicer = FleetServicer(
             sessions=self._sessions,
             plans=self._plans,
+            assignments=self._assignments,
             observations=self._observations,
             calibrations=CalibrationWriter(store, clock, plans=self._plans, nodes=self._node_records),
             nodes=self._nodes,
@@ -128,14 +129,12 @@ class FleetService:
             group.create_task(self._forget_loop(), name="fleet-forget")
             group.create_task(self._judge_loop(), name="fleet-judge")
             group.create_task(self._refresh_loop(), name="fleet-refresh")
+            group.create_task(self._stats.run(), name="fleet-stats")
 
     def _plans_changed(self, changed: frozenset[str]) -> None:
-        nodes = {assignment.node for key in changed if (assignment := self._plans.get(key)) is not None}
         if any(self._plans.get(key) is None for key in changed):
-            # Whose a removed assignment was is no longer known; each stream compares for itself.
             self._removed.set()
-            nodes.update(session.node for session in self._sessions.all())
-        for node in nodes:
+        for node in self._assignments.update(changed):
             session = self._sessions.of_node(node)
             if session is not None:
                 session.assignments_changed.set()
@@ -161,14 +160,14 @@ class FleetService:
         while True:
             await self._clock.sleep(period)
             alive_after = self._clock.monotonic() - self._heartbeat_seconds * SILENT_HEARTBEATS
-            for session in self._sessions.all():
-                if session.heard_at < alive_after:
-                    continue
-                try:
-                    if not await self._nodes.refresh(session):
-                        self._sessions.close(session)
-                except (StoreError, Conflict) as error:
-                    _log.warning("node record not refreshed", node=session.node, error=str(error))
+            sessions = self._sessions.all()
+            self._nodes.forget_devices({each.node for each in sessions})
+            alive = [each for each in sessions if each.opened_revision and each.heard_at >= alive_after]
+            try:
+                for session in await self._nodes.refresh(alive):
+                    self._sessions.close(session)
+            except (StoreError, Conflict) as error:
+                _log.warning("node records not refreshed", nodes=len(alive), error=str(error))
 
     async def _judge_loop(self) -> None:
         await _first_listing(self._node_records)
@@ -179,11 +178,29 @@ class FleetService:
                 continue
             if self._trusted_since is None:
                 self._trusted_since = self._clock.monotonic()
-            for key, record in list(self._node_records.items.items()):
+            records = self._node_records.items
+            self._witnesses = {
+                node: witness
+                for node, witness in self._witnesses.items()
+                if keys.actual_node(node) in records
+            }
+            for key, record in records.items():
                 try:
                     await self._judge_one(key.removeprefix(keys.ACTUAL_NODES), record)
                 except StoreError as error:
                     _log.warning("judgement not stored", key=key, error=str(error))
+
+    def _session_of(self, node: str, record: records_pb2.NodeObservationRecord) -> Session | None:
+        """Returns the node's session here; ends one that the node has left for another control plane."""
+        session = self._sessions.of_node(node)
+        if session is None or not session.opened_revision:
+            return session
+        seen = self._node_records.revision_of(keys.actual_node(node))
+        if seen >= session.opened_revision and record.session_id != session.session_id:
+            _log.info("session ended, the node has opened one elsewhere", node=node)
+            self._sessions.close(session)
+            return None
+        return session
 
     async def _judge_one(self, node: str, record: records_pb2.NodeObservationRecord) -> None:
         assert self._trusted_since is not None
@@ -192,7 +209,7 @@ class FleetService:
         witness = self._witnesses.get(node)
         if witness is None or witness.heartbeat_stamp != stamp:
             witness = self._witnesses[node] = Witness(stamp, now)
-        session = self._sessions.of_node(node)
+        session = self._session_of(node, record)
         state = NodeState(record.state)
         deserved = judge(
             state=state,

@@ -15,13 +15,15 @@ from millrace.core.v1 import replica_pb2
 from millrace.fleet.v1 import fleet_service_pb2, fleet_service_pb2_grpc
 
 from controlplane.events import EventSink
+from controlplane.fleet.assignments import AssignmentIndex
 from controlplane.fleet.calibrations import CalibrationWriter
+from controlplane.fleet.liveness import STORE_AGE_SECONDS_MAX
 from controlplane.fleet.nodes import NodeWriter
 from controlplane.fleet.observations import ObservationWriter, describe_change
 from controlplane.fleet.sessions import Session, SessionTable
 from controlplane.fleet.stats import StatsWriter
-from core.clock import Clock
-from core.errors import FailedPrecondition, FieldViolation, InvalidArgument
+from core.clock import Clock, to_timestamp
+from core.errors import FailedPrecondition, FieldViolation, InvalidArgument, Unavailable
 from core.store import Mirror, keys
 
 _log = structlog.get_logger(__name__)
@@ -54,6 +56,7 @@ class FleetServicer(fleet_service_pb2_grpc.FleetServiceServicer):
         *,
         sessions: SessionTable,
         plans: Mirror[replica_pb2.ReplicaAssignment],
+        assignments: AssignmentIndex,
         observations: ObservationWriter,
         calibrations: CalibrationWriter,
         nodes: NodeWriter,
@@ -66,6 +69,7 @@ class FleetServicer(fleet_service_pb2_grpc.FleetServiceServicer):
     ) -> None:
         self._sessions = sessions
         self._plans = plans
+        self._assignments = assignments
         self._observations = observations
         self._calibrations = calibrations
         self._nodes = nodes
@@ -122,9 +126,20 @@ class FleetServicer(fleet_service_pb2_grpc.FleetServiceServicer):
     async def Heartbeat(  # noqa: N802 - as above
         self, request: fleet_service_pb2.HeartbeatRequest, context: Any
     ) -> fleet_service_pb2.HeartbeatResponse:
-        """Notes that the agent lives."""
+        """Notes that the agent lives.
+
+        Raises:
+            Unavailable: This control plane has lost the store. It could not tell the others that the agent
+                lives, and they would give its machine up: the agent goes to one of them.
+        """
         del context
         self._sessions.hear(request.session_id)
+        age_seconds = self._plans.age_seconds()
+        if age_seconds > STORE_AGE_SECONDS_MAX:
+            raise Unavailable(
+                f"this control plane has not heard from etcd for {age_seconds:.0f} s",
+                reason="ERROR_REASON_STORE_UNAVAILABLE",
+            )
         return fleet_service_pb2.HeartbeatResponse(heartbeat_period=_duration(self._heartbeat_seconds))
 
     async def WatchAssignments(  # noqa: N802 - as above
@@ -133,14 +148,16 @@ class FleetServicer(fleet_service_pb2_grpc.FleetServiceServicer):
         """Streams the node's assignments: all of them first, then changes."""
         del context
         session = self._sessions.hear(request.session_id)
-        await self._plans.wait_synced(SYNC_SECONDS)
+        # An agent stops what a complete set does not name: a set that lags behind would cost engines.
+        await self._plans.wait_current(SYNC_SECONDS)
         session.assignments_changed.clear()
-        sent = self._assignments_of(session.node)
+        sent = self._assignments.of_node(session.node)
         serial = 0
         yield fleet_service_pb2.WatchAssignmentsResponse(
             kind=fleet_service_pb2.ASSIGNMENTS_KIND_COMPLETE,
             results_in=str(serial),
             assigned=[assignment for assignment, _ in sent.values()],
+            send_time=to_timestamp(self._clock.now()),
         )
         while True:
             await self._changed_or_progress(session)
@@ -150,7 +167,7 @@ class FleetServicer(fleet_service_pb2_grpc.FleetServiceServicer):
                     reason="ERROR_REASON_SESSION_INVALID",
                     metadata={"session_id": session.session_id},
                 )
-            current = self._assignments_of(session.node)
+            current = self._assignments.of_node(session.node)
             changed = [
                 assignment
                 for key, (assignment, revision) in current.items()
@@ -164,6 +181,7 @@ class FleetServicer(fleet_service_pb2_grpc.FleetServiceServicer):
                 results_in=str(serial + 1),
                 assigned=changed,
                 removed_replicas=removed,
+                send_time=to_timestamp(self._clock.now()),
             )
             serial += 1
 
@@ -175,13 +193,6 @@ class FleetServicer(fleet_service_pb2_grpc.FleetServiceServicer):
         except TimeoutError:
             return
         session.assignments_changed.clear()
-
-    def _assignments_of(self, node: str) -> dict[str, tuple[replica_pb2.ReplicaAssignment, int]]:
-        return {
-            key: (assignment, self._plans.revision_of(key))
-            for key, assignment in self._plans.items.items()
-            if assignment.node == node
-        }
 
     async def ReportReplicas(  # noqa: N802 - as above
         self, request: fleet_service_pb2.ReportReplicasRequest, context: Any
@@ -223,7 +234,7 @@ class FleetServicer(fleet_service_pb2_grpc.FleetServiceServicer):
     async def ReportStats(  # noqa: N802 - as above
         self, request: fleet_service_pb2.ReportStatsRequest, context: Any
     ) -> fleet_service_pb2.ReportStatsResponse:
-        """Keeps the latest samples."""
+        """Keeps the latest samples; they reach the store a moment later, together with others'."""
         del context
         _require_bounded("engines", len(request.engines))
         session = self._sessions.hear(request.session_id)
@@ -239,5 +250,5 @@ class FleetServicer(fleet_service_pb2_grpc.FleetServiceServicer):
             is not None
             and assignment.node == session.node
         ]
-        await self._stats.write(session.node, known)
+        self._stats.put(known)
         return fleet_service_pb2.ReportStatsResponse(stats_period=_duration(self._stats_seconds))

@@ -23,6 +23,7 @@ class Session:
         heard_at: Monotonic seconds of its last call.
         assignments_changed: Set when the node's assignments may have changed.
         replaced: Set once a newer session of the node has been opened.
+        opened_revision: Revision of the node's record that first named this session; 0 until it is written.
     """
 
     session_id: str
@@ -31,6 +32,7 @@ class Session:
     heard_at: float
     assignments_changed: asyncio.Event = field(default_factory=asyncio.Event)
     replaced: asyncio.Event = field(default_factory=asyncio.Event)
+    opened_revision: int = 0
 
 
 class SessionTable:

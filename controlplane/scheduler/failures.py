@@ -50,6 +50,11 @@ def remember(
     if deployment.generation != deployment.observed_generation or deployment.desired == 0:
         # Someone has changed the spec: that is a reason to try at once.
         failure = None
+    if failure is not None and failure.time > now:
+        # The clock has been set back: the failure is no older than now, and its wait no longer than any.
+        until = failure.next_attempt
+        bounded = None if until is None else min(until, now + policy.back_off_max)
+        failure = replace(failure, time=now, next_attempt=bounded)
     at_once = 0
     for replica in sorted(failed, key=lambda each: (each.state_time or now, each.replica)):
         if replica.generation != deployment.launch_generation:

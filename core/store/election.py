@@ -31,6 +31,9 @@ from core.tasks import cancel_and_wait
 
 _log = structlog.get_logger(__name__)
 
+# How long the lead outlives a dead leader: another takes over within this, half a second in which etcd
+# looks for expired leases, and its first listing. Shorter, and an election of etcd's own would end leads.
+LEAD_SECONDS = 3
 _RENEWALS_A_TTL = 3
 # A renewal that failed is tried again sooner: what is left of the lease is short.
 _RETRIES_A_TTL = 10
@@ -52,7 +55,7 @@ class Leadership:
         payload: records_pb2.LeaderRecord,
         *,
         clock: Clock,
-        ttl_seconds: int = 5,
+        ttl_seconds: int = LEAD_SECONDS,
     ) -> None:
         """Prepares a campaign; does no I/O.
 

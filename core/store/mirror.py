@@ -19,6 +19,7 @@ from core.clock import Clock
 from core.store.types import (
     Compacted,
     KeyValue,
+    Page,
     Store,
     StoreError,
     StoreUnavailable,
@@ -71,6 +72,10 @@ class Mirror(Generic[T]):
         self._last_error = ""
         self._callbacks: list[Callback] = []
         self._backoff = Backoff(_BACKOFF)
+        self._listing_lock = asyncio.Lock()
+        self._listing: Page | None = None
+        self._listings_begun = 0
+        self._listed = 0
 
     @property
     def items(self) -> Mapping[str, T]:
@@ -153,6 +158,46 @@ class Mirror(Generic[T]):
                     f"within {timeout_seconds:g} s"
                 )
             await is_set_within(self._clock, remaining, self._advanced)
+
+    async def wait_current(self, timeout_seconds: float) -> None:
+        """Waits until `items` is at least as new as the store was when this was called.
+
+        A watch whose connection has silently died leaves the mirror behind for seconds, and nothing in it
+        says so. Whoever acts on what is *absent* asks first. Callers at one time share one listing of keys.
+
+        Raises:
+            StoreUnavailable: The store did not answer, or the mirror did not catch up in time.
+        """
+        deadline = self._clock.monotonic() + timeout_seconds
+        page = await self._listing_begun_after_now()
+        while not self._covers(page):
+            remaining = deadline - self._clock.monotonic()
+            if remaining <= 0:
+                raise StoreUnavailable(
+                    f"{self.name} lags behind the store and did not catch up within {timeout_seconds:g} s"
+                )
+            await is_set_within(self._clock, remaining, self._advanced)
+
+    async def _listing_begun_after_now(self) -> Page:
+        # A listing that is under way may have been read before now; the next one serves all who wait.
+        wanted = self._listings_begun + 1
+        async with self._listing_lock:
+            if self._listed < wanted or self._listing is None:
+                self._listings_begun += 1
+                number = self._listings_begun
+                self._listing = await self._store.list(self._prefix, keys_only=True)
+                self._listed = number
+            return self._listing
+
+    def _covers(self, page: Page) -> bool:
+        """Tells whether nothing that a listing shows, or shows as gone, is missing here."""
+        if self._synced.is_set() and self._revision >= page.revision:
+            return True
+        # The revision of a quiet prefix lags behind: then the keys themselves decide.
+        listed = {item.key: item.mod_revision for item in page.items}
+        return all(self._revisions.get(key, 0) >= revision for key, revision in listed.items()) and all(
+            key in listed for key in self._revisions
+        )
 
     async def run(self) -> None:
         """Lists, then watches, for ever. The owner runs it as a named task."""

@@ -96,6 +96,13 @@ class Runtime(Protocol):
         """Kills what an engine left behind after its first process ended; returns how many."""
         ...
 
-    async def sweep_unknown(self, labels: Mapping[str, str], known: frozenset[int]) -> int:
-        """Kills engines that carry the labels and that nobody knows; returns how many."""
+    async def sweep_unknown(self, labels: Mapping[str, str], is_owned: Callable[[int, str], bool]) -> int:
+        """Kills engines that carry the labels and that nobody owns; returns how many processes.
+
+        Args:
+            labels: Those of the agent.
+            is_owned: Tells whether a session (its number, and the incarnation in its label) belongs to a
+                replica. Asked on the event loop after the look at the processes, so that an engine that was
+                started meanwhile is known.
+        """
         ...

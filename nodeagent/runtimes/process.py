@@ -18,8 +18,9 @@ import structlog
 
 from core import errors
 from nodeagent.engines.base import CannotStart, LaunchCommand
-from nodeagent.runtimes.base import ProcessIdentity
+from nodeagent.runtimes.base import LABEL_INCARNATION, ProcessIdentity
 from nodeagent.runtimes.processes import (
+    ProcessStat,
     all_stats,
     boot_id,
     read_environment,
@@ -213,9 +214,16 @@ class ProcessRuntime:
             return 0
         return await asyncio.to_thread(_sweep_session, identity)
 
-    async def sweep_unknown(self, labels: Mapping[str, str], known: frozenset[int]) -> int:
-        """Kills engines with these labels whose session is not known; returns how many processes."""
-        return await asyncio.to_thread(_sweep_labelled, dict(labels), known)
+    async def sweep_unknown(self, labels: Mapping[str, str], is_owned: Callable[[int, str], bool]) -> int:
+        """Kills engines with these labels that nobody owns; returns how many processes."""
+        labelled = await asyncio.to_thread(_labelled, dict(labels))
+        orphans = [
+            stat
+            for stat, incarnations in labelled
+            # What an owned engine started in a session of its own carries the engine's label.
+            if not any(is_owned(stat.session, each) for each in incarnations)
+        ]
+        return await asyncio.to_thread(_kill_same, orphans) if orphans else 0
 
 
 def _spawn(
@@ -251,14 +259,25 @@ def _sweep_session(identity: ProcessIdentity) -> int:
     return sum(_kill(stat.pid) for stat in members if stat.start_ticks >= identity.start_ticks)
 
 
-def _sweep_labelled(labels: Mapping[str, str], known: frozenset[int]) -> int:
-    stats = [stat for stat in all_stats() if stat.running and stat.session not in known]
-    sessions = set()
+def _labelled(labels: Mapping[str, str]) -> list[tuple[ProcessStat, set[str]]]:
+    """Returns every process of the sessions that carry the labels, with the incarnations seen in each."""
+    stats = [stat for stat in all_stats() if stat.running]
+    incarnations: dict[int, set[str]] = {}
     for stat in stats:
         environment = read_environment(stat.pid)
         if environment and all(environment.get(name) == value for name, value in labels.items()):
-            sessions.add(stat.session)
-    return sum(_kill(stat.pid) for stat in stats if stat.session in sessions)
+            incarnations.setdefault(stat.session, set()).add(environment.get(LABEL_INCARNATION, ""))
+    return [(stat, incarnations[stat.session]) for stat in stats if stat.session in incarnations]
+
+
+def _kill_same(stats: list[ProcessStat]) -> int:
+    """Kills processes, but for those whose number belongs to another one by now."""
+    killed = 0
+    for stat in stats:
+        now = read_stat(stat.pid)
+        if now is not None and now.start_ticks == stat.start_ticks:
+            killed += _kill(stat.pid)
+    return killed
 
 
 def _kill(pid: int) -> int:

@@ -69,7 +69,7 @@ class FakeRuntime:
     async def sweep(self, identity: ProcessIdentity) -> int:
         return 0
 
-    async def sweep_unknown(self, labels: Mapping[str, str], known: frozenset[int]) -> int:
+    async def sweep_unknown(self, labels: Mapping[str, str], is_owned: Callable[[int, str], bool]) -> int:
         return 0
 
 

@@ -4,13 +4,39 @@ In: fault settings, and a call for every inference request. Out: a `Fate` for th
 Must not: exit the process by itself in a way a test cannot replace (`exit_process` is injected).
 """
 
+import asyncio
 import enum
 import os
+import signal
 from collections.abc import Callable
 
 from nodeagent.engines.simulator.settings import FaultSettings
 
 CRASH_EXIT_CODE = 70
+MEBIBYTE = 2**20
+# Small steps, so that the process grows as steadily as a real leak does.
+LEAK_STEP_SECONDS = 0.1
+
+
+def kill_as_the_kernel_does() -> None:
+    """Ends the process as the kernel ends one that takes too much memory."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+async def leak(settings: FaultSettings, kill: Callable[[], object] = kill_as_the_kernel_does) -> None:
+    """Takes memory for good until the limit, then has the process killed.
+
+    Args:
+        settings: How fast, and when it is over.
+        kill: Ends the process.
+    """
+    held: list[bytes] = []
+    step_bytes = max(1, int(settings.leak_mebibytes_per_second * LEAK_STEP_SECONDS * MEBIBYTE))
+    while len(held) * step_bytes < settings.leak_limit_mebibytes * MEBIBYTE:
+        # Random, so that no page is shared or left out: the memory is really taken.
+        held.append(os.urandom(step_bytes))
+        await asyncio.sleep(LEAK_STEP_SECONDS)
+    kill()
 
 
 class Fate(enum.Enum):

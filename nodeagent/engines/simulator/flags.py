@@ -174,6 +174,13 @@ def _add_simulation_flags(parser: argparse.ArgumentParser) -> None:
     faults.add_argument("--stall-after-requests", type=_natural, metavar="N")
     faults.add_argument("--mid-stream-death-after-tokens", type=_natural, metavar="N")
     faults.add_argument("--death-linger-seconds", type=_duration, default=FaultSettings.death_linger_seconds)
+    faults.add_argument(
+        "--leak-mebibytes-per-second",
+        type=_duration,
+        default=FaultSettings.leak_mebibytes_per_second,
+        help="take memory for good, until it is killed with SIGKILL",
+    )
+    faults.add_argument("--leak-limit-mebibytes", type=_positive, default=FaultSettings.leak_limit_mebibytes)
 
 
 def parse_settings(argv: Sequence[str] | None = None) -> SimulatorSettings:
@@ -270,5 +277,7 @@ def _settings(flags: argparse.Namespace, limits: EngineLimits) -> SimulatorSetti
             stall_after_requests=flags.stall_after_requests,
             mid_stream_death_after_tokens=flags.mid_stream_death_after_tokens,
             death_linger_seconds=flags.death_linger_seconds,
+            leak_mebibytes_per_second=flags.leak_mebibytes_per_second,
+            leak_limit_mebibytes=flags.leak_limit_mebibytes,
         ),
     )

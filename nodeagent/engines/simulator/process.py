@@ -13,7 +13,7 @@ import sys
 
 from nodeagent.engines.simulator.api import SimulatorApi
 from nodeagent.engines.simulator.engine import SimulatedEngine
-from nodeagent.engines.simulator.faults import Faults
+from nodeagent.engines.simulator.faults import Faults, leak
 from nodeagent.engines.simulator.http_server import HttpServer
 from nodeagent.engines.simulator.settings import SimulatorSettings
 
@@ -74,6 +74,7 @@ class SimulatorProcess:
             for index, unit in enumerate(self._units)
         ]
         stopped = asyncio.create_task(self._stop.wait(), name="simulator stop")
+        leaking = asyncio.create_task(self._leak(), name="simulator leak")
         try:
             pending: set[asyncio.Task[None]] = set(burials)
             while pending and not self._stop.is_set():
@@ -82,13 +83,17 @@ class SimulatorProcess:
                     task.result()
                 pending -= done
         finally:
-            for task in (*burials, stopped):
+            for task in (*burials, stopped, leaking):
                 task.cancel()
-            await asyncio.wait({*burials, stopped})
+            await asyncio.wait({*burials, stopped, leaking})
         if not pending:
             return 1
         await self._drain()
         return 0
+
+    async def _leak(self) -> None:
+        if self._settings.faults.leak_mebibytes_per_second > 0:
+            await leak(self._settings.faults)
 
     async def _bury(self, unit: _Unit) -> None:
         """Waits for an engine's death and closes its front a while later."""

@@ -109,6 +109,8 @@ class FaultSettings:
         stall_after_requests: Serve this many requests; never answer the later ones.
         mid_stream_death_after_tokens: Kill the engine once a stream has sent this many tokens.
         death_linger_seconds: How long the HTTP front outlives a dead engine.
+        leak_mebibytes_per_second: Memory taken for good every second from the start on; 0 for none.
+        leak_limit_mebibytes: Leaked memory at which the process is killed as the kernel would kill it.
     """
 
     fail_at_start: bool = False
@@ -117,6 +119,8 @@ class FaultSettings:
     stall_after_requests: int | None = None
     mid_stream_death_after_tokens: int | None = None
     death_linger_seconds: float = 1.5
+    leak_mebibytes_per_second: float = 0.0
+    leak_limit_mebibytes: int = 1024
 
 
 @dataclass(frozen=True)

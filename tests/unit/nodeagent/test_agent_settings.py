@@ -29,6 +29,12 @@ def test_node_name_from_the_host_name(host_name: str, node: str) -> None:
             "--engine-port-last",
         ),
         (["--fleet-token-file={token}", "--controlplane-target=nowhere"], "--controlplane-target"),
+        (["--fleet-token-file={token}", "--controlplane-target=a:1,nowhere"], "--controlplane-target"),
+        (["--fleet-token-file={token}", "--controlplane-target= , "], "at least one control plane"),
+        (
+            ["--fleet-token-file={token}", "--controlplane-target=" + ",".join(f"a:{n}" for n in range(10))],
+            "at most 9",
+        ),
         (["--fleet-token-file={token}", "--grpc-host=0.0.0.0"], "--grpc-host"),
         (["--no-such-option"], "--no-such-option"),
     ],
@@ -51,3 +57,12 @@ def test_defaults(tmp_path: Path) -> None:
     assert settings.node_name
     assert (settings.grpc_port, settings.metrics_port) == (7610, 7611)
     assert not settings.stop_engines_on_exit
+
+
+def test_control_planes_are_named_once_each(tmp_path: Path) -> None:
+    token = tmp_path / "token"
+    token.write_text("t\n")
+    settings = AgentSettings(
+        _cli_parse_args=False, fleet_token_file=token, controlplane_target="one:1, two:2,one:1,"
+    )
+    assert settings.controlplane_targets == ("one:1", "two:2")

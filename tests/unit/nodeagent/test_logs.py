@@ -1,7 +1,10 @@
 """Log files: tail, follow over rotation, bounds."""
 
 import asyncio
+import errno
 from pathlib import Path
+
+import pytest
 
 from nodeagent import logs
 from tests.support.waiting import eventually
@@ -80,3 +83,35 @@ async def test_follow_sees_new_lines_and_survives_truncation(tmp_path: Path) -> 
     ended.set()
     await reader
     assert seen == ["one", "two", "x", "last"]
+
+
+def test_a_full_disk_costs_lines_and_not_the_rotation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without room for a copy the file would stay as long as it is, and the disk full, for ever."""
+    path = tmp_path / "chat-a.log"
+    path.write_bytes(b"x" * 100)
+
+    def out_of_space(_source: Path, target: Path) -> None:
+        target.write_bytes(b"x" * 10)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("shutil.copyfile", out_of_space)
+    assert logs.rotate(path, limit_bytes=50)
+    assert path.stat().st_size == 0
+    assert [each.name for each in tmp_path.iterdir()] == ["chat-a.log"]
+
+
+def test_any_other_trouble_of_a_rotation_keeps_the_lines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "chat-a.log"
+    path.write_bytes(b"x" * 100)
+
+    def refused(*_: Path) -> None:
+        raise OSError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr("shutil.copyfile", refused)
+    with pytest.raises(OSError, match="Permission denied"):
+        logs.rotate(path, limit_bytes=50)
+    assert path.stat().st_size == 100

@@ -29,15 +29,15 @@ from millrace.core.v1 import replica_pb2 as millrace_dot_core_dot_v1_dot_replica
 from millrace.core.v1 import stats_pb2 as millrace_dot_core_dot_v1_dot_stats__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%millrace/fleet/v1/fleet_service.proto\x12\x11millrace.fleet.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1bmillrace/core/v1/node.proto\x1a\x1emillrace/core/v1/replica.proto\x1a\x1cmillrace/core/v1/stats.proto\"\x9b\x01\n\x12OpenSessionRequest\x12\x32\n\tinventory\x18\x01 \x01(\x0b\x32\x1f.millrace.core.v1.NodeInventory\x12\x36\n\x08replicas\x18\x02 \x03(\x0b\x32$.millrace.core.v1.ReplicaObservation\x12\x19\n\x11\x61gent_incarnation\x18\x03 \x01(\t\"\xbe\x01\n\x13OpenSessionResponse\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x33\n\x10heartbeat_period\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12/\n\x0cstats_period\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12-\n\nlost_after\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\"&\n\x10HeartbeatRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\"H\n\x11HeartbeatResponse\x12\x33\n\x10heartbeat_period\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\"-\n\x17WatchAssignmentsRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\"\xc5\x01\n\x18WatchAssignmentsResponse\x12\x30\n\x04kind\x18\x01 \x01(\x0e\x32\".millrace.fleet.v1.AssignmentsKind\x12\x12\n\napplies_to\x18\x02 \x01(\t\x12\x12\n\nresults_in\x18\x03 \x01(\t\x12\x35\n\x08\x61ssigned\x18\x04 \x03(\x0b\x32#.millrace.core.v1.ReplicaAssignment\x12\x18\n\x10removed_replicas\x18\x05 \x03(\t\"\x92\x01\n\x15ReportReplicasRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x36\n\x08replicas\x18\x02 \x03(\x0b\x32$.millrace.core.v1.ReplicaObservation\x12-\n\x06\x65vents\x18\x03 \x03(\x0b\x32\x1d.millrace.fleet.v1.AgentEvent\"\xa0\x01\n\nAgentEvent\x12(\n\x04time\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0f\n\x07replica\x18\x02 \x01(\t\x12\x11\n\tnamespace\x18\x03 \x01(\t\x12\x12\n\ndeployment\x18\x04 \x01(\t\x12\x0f\n\x07warning\x18\x05 \x01(\x08\x12\x0e\n\x06reason\x18\x06 \x01(\t\x12\x0f\n\x07message\x18\x07 \x01(\t\")\n\x16ReportReplicasResponse\x12\x0f\n\x07unknown\x18\x01 \x03(\t\"\x88\x01\n\x12ReportStatsRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12.\n\x07\x65ngines\x18\x02 \x03(\x0b\x32\x1d.millrace.core.v1.EngineStats\x12.\n\x07\x64\x65vices\x18\x03 \x03(\x0b\x32\x1d.millrace.core.v1.DeviceStats\"F\n\x13ReportStatsResponse\x12/\n\x0cstats_period\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration*t\n\x0f\x41ssignmentsKind\x12 \n\x1c\x41SSIGNMENTS_KIND_UNSPECIFIED\x10\x00\x12\x1d\n\x19\x41SSIGNMENTS_KIND_COMPLETE\x10\x01\x12 \n\x1c\x41SSIGNMENTS_KIND_INCREMENTAL\x10\x02\x32\xf8\x03\n\x0c\x46leetService\x12\\\n\x0bOpenSession\x12%.millrace.fleet.v1.OpenSessionRequest\x1a&.millrace.fleet.v1.OpenSessionResponse\x12V\n\tHeartbeat\x12#.millrace.fleet.v1.HeartbeatRequest\x1a$.millrace.fleet.v1.HeartbeatResponse\x12m\n\x10WatchAssignments\x12*.millrace.fleet.v1.WatchAssignmentsRequest\x1a+.millrace.fleet.v1.WatchAssignmentsResponse0\x01\x12\x65\n\x0eReportReplicas\x12(.millrace.fleet.v1.ReportReplicasRequest\x1a).millrace.fleet.v1.ReportReplicasResponse\x12\\\n\x0bReportStats\x12%.millrace.fleet.v1.ReportStatsRequest\x1a&.millrace.fleet.v1.ReportStatsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n%millrace/fleet/v1/fleet_service.proto\x12\x11millrace.fleet.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x1bmillrace/core/v1/node.proto\x1a\x1emillrace/core/v1/replica.proto\x1a\x1cmillrace/core/v1/stats.proto\"\x9b\x01\n\x12OpenSessionRequest\x12\x32\n\tinventory\x18\x01 \x01(\x0b\x32\x1f.millrace.core.v1.NodeInventory\x12\x36\n\x08replicas\x18\x02 \x03(\x0b\x32$.millrace.core.v1.ReplicaObservation\x12\x19\n\x11\x61gent_incarnation\x18\x03 \x01(\t\"\xbe\x01\n\x13OpenSessionResponse\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x33\n\x10heartbeat_period\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12/\n\x0cstats_period\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12-\n\nlost_after\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\"&\n\x10HeartbeatRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\"H\n\x11HeartbeatResponse\x12\x33\n\x10heartbeat_period\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\"-\n\x17WatchAssignmentsRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\"\xf4\x01\n\x18WatchAssignmentsResponse\x12\x30\n\x04kind\x18\x01 \x01(\x0e\x32\".millrace.fleet.v1.AssignmentsKind\x12\x12\n\napplies_to\x18\x02 \x01(\t\x12\x12\n\nresults_in\x18\x03 \x01(\t\x12\x35\n\x08\x61ssigned\x18\x04 \x03(\x0b\x32#.millrace.core.v1.ReplicaAssignment\x12\x18\n\x10removed_replicas\x18\x05 \x03(\t\x12-\n\tsend_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\x92\x01\n\x15ReportReplicasRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x36\n\x08replicas\x18\x02 \x03(\x0b\x32$.millrace.core.v1.ReplicaObservation\x12-\n\x06\x65vents\x18\x03 \x03(\x0b\x32\x1d.millrace.fleet.v1.AgentEvent\"\xa0\x01\n\nAgentEvent\x12(\n\x04time\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0f\n\x07replica\x18\x02 \x01(\t\x12\x11\n\tnamespace\x18\x03 \x01(\t\x12\x12\n\ndeployment\x18\x04 \x01(\t\x12\x0f\n\x07warning\x18\x05 \x01(\x08\x12\x0e\n\x06reason\x18\x06 \x01(\t\x12\x0f\n\x07message\x18\x07 \x01(\t\")\n\x16ReportReplicasResponse\x12\x0f\n\x07unknown\x18\x01 \x03(\t\"\x88\x01\n\x12ReportStatsRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12.\n\x07\x65ngines\x18\x02 \x03(\x0b\x32\x1d.millrace.core.v1.EngineStats\x12.\n\x07\x64\x65vices\x18\x03 \x03(\x0b\x32\x1d.millrace.core.v1.DeviceStats\"F\n\x13ReportStatsResponse\x12/\n\x0cstats_period\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration*t\n\x0f\x41ssignmentsKind\x12 \n\x1c\x41SSIGNMENTS_KIND_UNSPECIFIED\x10\x00\x12\x1d\n\x19\x41SSIGNMENTS_KIND_COMPLETE\x10\x01\x12 \n\x1c\x41SSIGNMENTS_KIND_INCREMENTAL\x10\x02\x32\xf8\x03\n\x0c\x46leetService\x12\\\n\x0bOpenSession\x12%.millrace.fleet.v1.OpenSessionRequest\x1a&.millrace.fleet.v1.OpenSessionResponse\x12V\n\tHeartbeat\x12#.millrace.fleet.v1.HeartbeatRequest\x1a$.millrace.fleet.v1.HeartbeatResponse\x12m\n\x10WatchAssignments\x12*.millrace.fleet.v1.WatchAssignmentsRequest\x1a+.millrace.fleet.v1.WatchAssignmentsResponse0\x01\x12\x65\n\x0eReportReplicas\x12(.millrace.fleet.v1.ReportReplicasRequest\x1a).millrace.fleet.v1.ReportReplicasResponse\x12\\\n\x0bReportStats\x12%.millrace.fleet.v1.ReportStatsRequest\x1a&.millrace.fleet.v1.ReportStatsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'millrace.fleet.v1.fleet_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ASSIGNMENTSKIND']._serialized_start=1494
-  _globals['_ASSIGNMENTSKIND']._serialized_end=1610
+  _globals['_ASSIGNMENTSKIND']._serialized_start=1541
+  _globals['_ASSIGNMENTSKIND']._serialized_end=1657
   _globals['_OPENSESSIONREQUEST']._serialized_start=217
   _globals['_OPENSESSIONREQUEST']._serialized_end=372
   _globals['_OPENSESSIONRESPONSE']._serialized_start=375
@@ -49,17 +49,17 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_WATCHASSIGNMENTSREQUEST']._serialized_start=681
   _globals['_WATCHASSIGNMENTSREQUEST']._serialized_end=726
   _globals['_WATCHASSIGNMENTSRESPONSE']._serialized_start=729
-  _globals['_WATCHASSIGNMENTSRESPONSE']._serialized_end=926
-  _globals['_REPORTREPLICASREQUEST']._serialized_start=929
-  _globals['_REPORTREPLICASREQUEST']._serialized_end=1075
-  _globals['_AGENTEVENT']._serialized_start=1078
-  _globals['_AGENTEVENT']._serialized_end=1238
-  _globals['_REPORTREPLICASRESPONSE']._serialized_start=1240
-  _globals['_REPORTREPLICASRESPONSE']._serialized_end=1281
-  _globals['_REPORTSTATSREQUEST']._serialized_start=1284
-  _globals['_REPORTSTATSREQUEST']._serialized_end=1420
-  _globals['_REPORTSTATSRESPONSE']._serialized_start=1422
-  _globals['_REPORTSTATSRESPONSE']._serialized_end=1492
-  _globals['_FLEETSERVICE']._serialized_start=1613
-  _globals['_FLEETSERVICE']._serialized_end=2117
+  _globals['_WATCHASSIGNMENTSRESPONSE']._serialized_end=973
+  _globals['_REPORTREPLICASREQUEST']._serialized_start=976
+  _globals['_REPORTREPLICASREQUEST']._serialized_end=1122
+  _globals['_AGENTEVENT']._serialized_start=1125
+  _globals['_AGENTEVENT']._serialized_end=1285
+  _globals['_REPORTREPLICASRESPONSE']._serialized_start=1287
+  _globals['_REPORTREPLICASRESPONSE']._serialized_end=1328
+  _globals['_REPORTSTATSREQUEST']._serialized_start=1331
+  _globals['_REPORTSTATSREQUEST']._serialized_end=1467
+  _globals['_REPORTSTATSRESPONSE']._serialized_start=1469
+  _globals['_REPORTSTATSRESPONSE']._serialized_end=1539
+  _globals['_FLEETSERVICE']._serialized_start=1660
+  _globals['_FLEETSERVICE']._serialized_end=2164
 # @@protoc_insertion_point(module_scope)

@@ -204,6 +204,7 @@ class WatchAssignmentsResponse(_message.Message):
     RESULTS_IN_FIELD_NUMBER: _builtins.int
     ASSIGNED_FIELD_NUMBER: _builtins.int
     REMOVED_REPLICAS_FIELD_NUMBER: _builtins.int
+    SEND_TIME_FIELD_NUMBER: _builtins.int
     kind: Global___AssignmentsKind.ValueType
     """Complete or change."""
     applies_to: _builtins.str
@@ -218,6 +219,12 @@ class WatchAssignmentsResponse(_message.Message):
     def removed_replicas(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Replicas that are no longer assigned: to be stopped at once and forgotten."""
 
+    @_builtins.property
+    def send_time(self) -> _timestamp_pb2.Timestamp:
+        """The control plane's clock as it sent this. Deadlines of assignments are told by that clock: an agent whose own
+        clock is wrong counts the time that is left from here.
+        """
+
     def __init__(
         self,
         *,
@@ -226,10 +233,11 @@ class WatchAssignmentsResponse(_message.Message):
         results_in: _builtins.str = ...,
         assigned: _abc.Iterable[_replica_pb2.ReplicaAssignment] | None = ...,
         removed_replicas: _abc.Iterable[_builtins.str] | None = ...,
+        send_time: _timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["send_time", b"send_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["applies_to", b"applies_to", "assigned", b"assigned", "kind", b"kind", "removed_replicas", b"removed_replicas", "results_in", b"results_in"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["applies_to", b"applies_to", "assigned", b"assigned", "kind", b"kind", "removed_replicas", b"removed_replicas", "results_in", b"results_in", "send_time", b"send_time"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -213,6 +213,11 @@ async def test_samples_are_kept_for_assigned_replicas_only(world: World) -> None
     await world.stub.ReportStats(
         messages.ReportStatsRequest(session_id=session, engines=samples), metadata=call_metadata(TOKEN)
     )
+
+    async def written() -> bool:
+        return bool((await world.store.list(keys.STATS)).items)
+
+    await eventually(written)
     page = await world.store.list(keys.STATS)
     assert [item.key for item in page.items] == [keys.stats("ns", "d", "r1")]
     assert page.items[0].lease_id != 0

@@ -121,3 +121,15 @@ def test_a_back_off_that_is_over_is_no_longer_shown() -> None:
     failure = Failure("qwen-a", "node-1", "it crashed", NOW, 1, NOW + timedelta(seconds=1))
     memory = after(replace(VIEW, failure=failure), now=NOW + timedelta(seconds=1))
     assert memory.failure == replace(failure, next_attempt=None)
+
+
+def test_a_clock_that_is_set_back_prolongs_no_wait() -> None:
+    memory = after(VIEW, failed())
+    view = replace(VIEW, failure=memory.failure)
+    earlier = NOW - timedelta(hours=1)
+    seen = after(view, now=earlier)
+    assert wait_seconds(seen, earlier) == POLICY.back_off_max.total_seconds()
+    # A replica that proves itself by the new clock ends the story as ever.
+    view = replace(view, failure=seen.failure)
+    later = earlier + POLICY.stable + timedelta(seconds=1)
+    assert remember(view, [], [serving(earlier)], later, POLICY).failure is None

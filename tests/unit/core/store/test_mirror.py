@@ -2,11 +2,12 @@ import asyncio
 import math
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 import pytest
 
 from core.clock import Clock
-from core.store import Delete, MemoryStore, Mirror, Put, StoreUnavailable
+from core.store import Delete, MemoryStore, Mirror, Page, Put, StoreUnavailable
 from core.tasks import cancel_and_wait
 from tests.support.clock import ManualClock
 from tests.support.waiting import eventually
@@ -194,3 +195,50 @@ async def test_waiting_for_a_revision_has_a_bound(store: MemoryStore, clock: Man
 async def _advanced_to(mirror: Mirror[int], clock: ManualClock, revision: int) -> bool:
     await clock.advance(1)
     return mirror.revision >= revision
+
+
+async def test_it_can_wait_until_nothing_that_was_written_is_missing(
+    store: MemoryStore, clock: ManualClock
+) -> None:
+    await store.commit([Put(PREFIX + "a", b"1"), Put(PREFIX + "b", b"2")])
+    mirror = _mirror(store, clock)
+    async with _running(mirror):
+        await store.commit([Delete(PREFIX + "a"), Put(PREFIX + "c", b"3")])
+        assert PREFIX + "a" in mirror.items
+        await mirror.wait_current(5)
+        assert mirror.items == {PREFIX + "b": 2, PREFIX + "c": 3}
+        # Others' writes move the store on and leave a quiet mirror's revision behind.
+        await store.commit([Put("/other", b"9")])
+        await mirror.wait_current(5)
+
+
+async def test_a_mirror_that_does_not_catch_up_says_so(store: MemoryStore, clock: ManualClock) -> None:
+    await store.commit([Put(PREFIX + "a", b"1")])
+    mirror = _mirror(store, clock)
+    async with _running(mirror):
+        pass
+    await store.commit([Put(PREFIX + "a", b"2")])
+    waiting = asyncio.create_task(mirror.wait_current(5), name="waiting")
+    await clock.advance(6)
+    with pytest.raises(StoreUnavailable, match="lags behind"):
+        await waiting
+
+
+async def test_callers_at_one_time_share_a_listing(
+    store: MemoryStore, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mirror = _mirror(store, clock)
+    async with _running(mirror):
+        listed = 0
+        listing = store.list
+
+        async def counted(*arguments: Any, **options: Any) -> Page:
+            nonlocal listed
+            listed += 1
+            await asyncio.sleep(0)
+            return await listing(*arguments, **options)
+
+        monkeypatch.setattr(store, "list", counted)
+        await asyncio.gather(*(mirror.wait_current(5) for _ in range(100)))
+        # One for the first, one that began after all the others had asked.
+        assert listed <= 2

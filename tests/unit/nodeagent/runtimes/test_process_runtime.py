@@ -153,7 +153,7 @@ async def test_sweep_of_unknown_engines_spares_the_known(tmp_path: Path) -> None
         # Just after exec the kernel shows an empty environment for a moment.
         for name in ("a.log", "b.log"):
             await eventually(lambda name=name: "up" in (tmp_path / name).read_text())
-        assert await runtime.sweep_unknown(labels, frozenset({known.identity.pid})) == 1
+        assert await runtime.sweep_unknown(labels, lambda session, _: session == known.identity.pid) == 1
         await eventually(lambda: unknown.exited)
         assert not known.exited
     finally:
@@ -177,3 +177,28 @@ def _runs(pid: int) -> bool:
 
 def _kill(pid: int) -> None:
     subprocess.run(["kill", "-9", str(pid)], check=False, stderr=subprocess.DEVNULL)
+
+
+async def test_what_an_owned_engine_started_in_a_session_of_its_own_is_spared(tmp_path: Path) -> None:
+    """As Ray's daemons are: their session is not the engine's, their label is."""
+    runtime = ProcessRuntime()
+    labels = {"MILLRACE_HOME": str(tmp_path)}
+    log = tmp_path / "a.log"
+    code = "import os, time; print(os.fork() or (os.setsid(), 'up')[1], flush=True); time.sleep(60)"
+    engine = await runtime.start(
+        LaunchCommand((sys.executable, "-c", code), {}),
+        labels={**labels, "MILLRACE_INCARNATION": "one"},
+        log_path=log,
+        on_exit=lambda: None,
+    )
+    await eventually(lambda: "up" in log.read_text() and len(log.read_text().splitlines()) == 2)
+    helper = next(int(line) for line in log.read_text().splitlines() if line.isdigit())
+    try:
+        assert await runtime.sweep_unknown(labels, lambda _, incarnation: incarnation == "one") == 0
+        assert _runs(helper)
+        assert await runtime.sweep_unknown(labels, lambda session, _: session == engine.identity.pid) == 1
+        await eventually(lambda: not _runs(helper))
+        assert not engine.exited
+    finally:
+        engine.kill()
+        await eventually(lambda: engine.exited)

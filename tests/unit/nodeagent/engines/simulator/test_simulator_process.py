@@ -202,3 +202,10 @@ async def _prompts(url: str) -> float:
         lines = (await response.text()).splitlines()
     line = next(line for line in lines if line.startswith("vllm:request_prompt_tokens_count"))
     return float(line.rpartition(" ")[2])
+
+
+async def test_a_leak_grows_until_the_process_is_killed(launch: Launch) -> None:
+    simulator = await launch("--leak-mebibytes-per-second", "100", "--leak-limit-mebibytes", "20")
+    assert (await chat(simulator.url))[0] == 200
+    async with asyncio.timeout(10):
+        assert await simulator.process.wait() == -signal.SIGKILL

@@ -1,0 +1,1 @@
+"""A three-member etcd with TLS and least-privilege users: files, users, and members on this machine."""
