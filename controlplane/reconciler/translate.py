@@ -18,7 +18,7 @@ from controlplane.convert import served_model_name
 from controlplane.reconciler.endpoints import endpoints
 from controlplane.reconciler.view import View
 from controlplane.scheduler import Conclusion, Condition, Drain, Place, Plan, Remove, Truth
-from controlplane.scheduler.conclude import UNSCHEDULABLE
+from controlplane.scheduler.conclude import UNPLACED
 from controlplane.status import AVAILABLE, SCHEDULED
 from core.clock import to_timestamp
 from core.store import Compare, Delete, Operation, Put, keys
@@ -259,7 +259,7 @@ class _Scribe:
         self._failure(after, conclusion, before)
         if after != before:
             unit.write(key, after, revision)
-            if conclusion.scheduled.reason == UNSCHEDULABLE and not _was_unschedulable(before):
+            if conclusion.scheduled.reason in UNPLACED and not _was_unschedulable(before):
                 message = conclusion.scheduled.message
                 unit.notices.append(self._notice("Unschedulable", message, warning=True))
         return unit
@@ -365,5 +365,5 @@ def _launch(record: records_pb2.DeploymentRecord, external_url: str) -> replica_
 
 def _was_unschedulable(record: records_pb2.DeploymentPlanRecord | None) -> bool:
     return record is not None and any(
-        each.type == SCHEDULED and each.reason == UNSCHEDULABLE for each in record.conditions
+        each.type == SCHEDULED and each.reason in UNPLACED for each in record.conditions
     )
