@@ -75,18 +75,18 @@ class Assigner:
         result = self._result
         if not wanted and not self._deployment.reservations:
             return result
-        with self._search() as search:
-            self._redeem(search, wanted)
-            slots = self._slots()[: wanted - result.placed - len(result.reservations)]
-            for slot in slots:
-                found = self._find(search, slot)
-                if found is not None:
-                    self._start(search, found)
-                elif not self._preempt(slot):
-                    if result.explanation is None:
-                        result.explanation, result.blocked = self._explain(slot), slot
-                    if slot is None:
-                        break
+        search = self._search()
+        self._redeem(search, wanted)
+        slots = self._slots()[: wanted - result.placed - len(result.reservations)]
+        for slot in slots:
+            found = self._find(search, slot)
+            if found is not None:
+                self._start(search, found)
+            elif not self._preempt(slot):
+                if result.explanation is None:
+                    result.explanation, result.blocked = self._explain(slot), slot
+                if slot is None:
+                    break
         self._draft.reserves |= tuple(result.reservations) != self._deployment.reservations
         return result
 
@@ -94,8 +94,7 @@ class Assigner:
         """True when the room of one of its replicas would let the refused one be placed."""
         draft, key = self._draft, self._deployment.key
         draft.give(key, replica.node, replica.claims)
-        with self._search() as search:
-            fits = self._find(search, slot) is not None
+        fits = self._find(self._search(), slot) is not None
         draft.take(key, replica.node, replica.claims)
         return fits
 
@@ -138,7 +137,7 @@ class Assigner:
         room, index = self._draft.books.room, self._draft.index(self._need)
         best: Placement | None = None
         for node, held in sorted(usage.held_on(namespace).items()):
-            claims = room.choose_among(self._need, node, held, left) if node in index.eligible else None
+            claims = room.choose_among(self._need, node, held, left) if index.accepts(node) else None
             if claims is not None and (best is None or search.score(node) > best.score):
                 best = Placement(node, claims, search.score(node))
         return best
@@ -218,8 +217,7 @@ class Assigner:
         if not self._may_preempt():
             return False
         index = draft.index(self._need)
-        nodes = [slot.node] if slot is not None else sorted(index.eligible)
-        nodes = [node for node in nodes if node in index.eligible]
+        nodes = index.accepting() if slot is None else [slot.node] if index.accepts(slot.node) else []
         if any(self._fits_after_drains(node, slot) for node in nodes):
             result.coming = True
             return False

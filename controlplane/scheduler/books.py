@@ -6,9 +6,9 @@ that have to be looked at again. It decides nothing. `load` fills it from a whol
 same books as any order of single changes that leads there.
 """
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Iterable, Mapping
 
-from controlplane.scheduler.filters import traits_of
+from controlplane.scheduler.profiles import Profiles
 from controlplane.scheduler.room import Room
 from controlplane.scheduler.structs import Claim, DeploymentView, NodeView, Quota, ReplicaView, Snapshot
 from controlplane.scheduler.usage import Usage
@@ -22,8 +22,8 @@ class Books:
     Attributes:
         deployments: By `namespace/name`.
         nodes: By name.
-        traits: Number of each node's traits, by name.
         room: What is left on devices: all replicas and reservations are booked.
+        profiles: Nodes that are alike.
         usage: What namespaces hold: all replicas and reservations are counted.
         dirty: Deployments to look at again, deleted ones with replicas among them.
         epoch: Grows with every change that may let something fit, or no longer: of nodes, of what
@@ -33,8 +33,8 @@ class Books:
     def __init__(self) -> None:
         self.deployments: dict[str, DeploymentView] = {}
         self.nodes: dict[str, NodeView] = {}
-        self.traits: dict[str, int] = {}
         self.room = Room()
+        self.profiles = Profiles(self.room)
         self.usage = Usage()
         self.dirty: set[str] = set()
         self.epoch = 0
@@ -42,7 +42,7 @@ class Books:
         self._members: dict[str, dict[str, ReplicaView]] = {}
         self._on_node: dict[str, dict[str, ReplicaView]] = {}
         self._priorities: dict[int, int] = {}
-        self._trait_numbers: dict[Hashable, int] = {}
+        self._caching: dict[str, set[str]] = {}
 
     def load(self, snapshot: Snapshot) -> None:
         """Makes the books those of a snapshot."""
@@ -75,6 +75,10 @@ class Books:
         """Nodes that hold replicas."""
         return set(self._on_node)
 
+    def caching(self, model: str) -> Iterable[str]:
+        """Nodes that hold a model's weights."""
+        return self._caching.get(model, ()) if model else ()
+
     def has_priority_below(self, priority: int) -> bool:
         """True when some deployment is less important."""
         return any(each < priority for each in self._priorities)
@@ -105,14 +109,20 @@ class Books:
             return
         self.epoch += 1
         self.dirty.update(each.deployment for each in self.on_node(name).values())
+        for model in old.cached_models if old is not None else ():
+            self._caching[model].discard(name)
+            if not self._caching[model]:
+                del self._caching[model]
         if view is None:
-            del self.nodes[name], self.traits[name]
+            del self.nodes[name]
             self.room.drop_node(name)
+            self.profiles.drop_node(name)
             return
+        for model in view.cached_models:
+            self._caching.setdefault(model, set()).add(name)
         self.nodes[name] = view
-        traits = traits_of(view)
-        self.traits[name] = self._trait_numbers.setdefault(traits, len(self._trait_numbers))
         self.room.set_node(view)
+        self.profiles.set_node(view)
 
     def set_replica(self, replica: str, view: ReplicaView | None) -> None:
         """Takes a replica's present state; None when it is forgotten."""
@@ -171,17 +181,8 @@ def _holds(view: ReplicaView | None) -> object:
     """What others feel of a replica."""
     if view is None:
         return None
-    ended = view.state.terminal
-    return (
-        view.deployment,
-        view.uid,
-        view.node,
-        view.claims,
-        view.draining,
-        ended,
-        view.created,
-        view.preempted_by,
-    )
+    stays = (view.draining, view.state.terminal, view.preempted_by)
+    return view.deployment, view.uid, view.node, view.claims, view.created, stays
 
 
 def _discard(grouped: dict[str, dict[str, ReplicaView]], group: str, replica: str) -> None:

@@ -123,11 +123,10 @@ def _reserved(reservations: tuple[Reservation, ...]) -> str:
     victims = sum(len(each.victims) for each in reservations)
     nodes = ", ".join(sorted({each.node for each in reservations}))
     latest = max(each.deadline for each in reservations)
-    return (
-        f"room for {len(reservations)} {'replica' if len(reservations) == 1 else 'replicas'} is kept on node "
-        f"{nodes} until {victims} less important {'replica has' if victims == 1 else 'replicas have'} ended, at "
-        f"{latest:%H:%M:%S} UTC at the latest"
-    )
+    kept = "1 replica" if len(reservations) == 1 else f"{len(reservations)} replicas"
+    ending = "1 less important replica has" if victims == 1 else f"{victims} less important replicas have"
+    when = f"at {latest:%H:%M:%S} UTC at the latest"
+    return f"room for {kept} is kept on node {nodes} until {ending} ended, {when}"
 
 
 def _stuck(outcome: Outcome) -> str:

@@ -70,6 +70,9 @@ class Draft:
 
     def index(self, need: Need) -> Index:
         """The nodes that fit a need; one index serves all deployments with the same."""
+        if need.model and not self.books.caching(need.model):
+            # Nobody holds the weights: needs of other models with the same figures are placed alike.
+            need = replace(need, model="")
         index = self._indexes.get(need)
         if index is None:
             index = self._indexes[need] = Index(need, self.books)
@@ -94,7 +97,7 @@ class Draft:
                 self.books.book(deployment, node, claims)
         self._undo.clear()
         self._indexes.clear()
-        self.books.room.log.clear()
+        self.books.profiles.log.clear()
 
     def start(self, place: Place) -> None:
         """Decides to start a replica."""

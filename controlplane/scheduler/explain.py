@@ -97,7 +97,7 @@ def explain(
     refused: dict[str, list[NodeView]] = {}
     found: list[NodeVerdict] = []
     fitting = 0
-    for name, node in sorted(nodes.items()):
+    for _, node in sorted(nodes.items()):
         refusing = refusing_filter(need, node, room)
         if refusing is None:
             fitting += 1
@@ -150,9 +150,8 @@ def explain_pin(need: Need, pin: Pin, nodes: Mapping[str, NodeView], room: Room)
     remedy = "free these devices, or change placement.device_pins"
     node = nodes.get(pin.node)
     if node is None:
-        return Explanation(
-            f"{summary}no such node is known", "start its agent, or change placement.device_pins"
-        )
+        remedy = "start its agent, or change placement.device_pins"
+        return Explanation(f"{summary}no such node is known", remedy)
     refusing = refusing_filter(need, node, Room({node.name: node}))
     if refusing is not None:
         return Explanation(f"{summary}{refusing.explain(need, node, room)}", remedy)
@@ -174,9 +173,8 @@ def explain_deployment(snapshot: Snapshot, deployment: str) -> Explanation | Non
     if view is None:
         return None
     books = Books()
-    books.load(
-        replace(snapshot, replicas={k: v for k, v in snapshot.replicas.items() if not v.state.terminal})
-    )
+    held = {name: each for name, each in snapshot.replicas.items() if not each.state.terminal}
+    books.load(replace(snapshot, replicas=held))
     replicas_on: dict[str, int] = {}
     for replica in books.members(deployment).values():
         if not replica.draining:
@@ -236,19 +234,9 @@ def _suggestion(
     if not nodes:
         return "start a node agent"
 
-    def passes_but(skipped: type[Filter], node: NodeView) -> bool:
-        return all(each.check(need, node, room) for each in FILTERS if not isinstance(each, skipped))
-
-    for node in refused.get(Schedulable.name, ()):
-        if passes_but(Schedulable, node):
-            return f"uncordon node {node.name}"
-    for node in refused.get(TaintsTolerated.name, ()):
-        if passes_but(TaintsTolerated, node):
-            taint = next(each for each in node.taints if not each.tolerated_by(need.tolerations))
-            return f"tolerate the taint {taint_text(taint)} of node {node.name}"
-    for node in refused.get(LabelsMatch.name, ()):
-        if passes_but(LabelsMatch, node):
-            return f"drop placement.node_selector, or label node {node.name}"
+    opening = _opening(need, room, refused)
+    if opening:
+        return opening
     for node in refused.get(EngineAvailable.name, ()):
         if any(device.kind in need.device_kinds for device in node.devices):
             return f"install {need.engine.name.lower()} on node {node.name}"
@@ -270,3 +258,21 @@ def _suggestion(
             f"shorten max_model_len or add a node with {format_bytes(need.device_memory_bytes)} free a device"
         )
     return f"add a node with {need_text(need)}" if need.device_count else "bring a node back"
+
+
+def _opening(need: Need, room: Room, refused: Mapping[str, list[NodeView]]) -> str:
+    """What would let the need onto a node that is closed to it and has the room; empty for nothing."""
+
+    def first(skipped: type[Filter]) -> NodeView | None:
+        others = [each for each in FILTERS if not isinstance(each, skipped)]
+        closed = refused.get(skipped.name, ())
+        return next((node for node in closed if all(each.check(need, node, room) for each in others)), None)
+
+    if (node := first(Schedulable)) is not None:
+        return f"uncordon node {node.name}"
+    if (node := first(TaintsTolerated)) is not None:
+        taint = next(each for each in node.taints if not each.tolerated_by(need.tolerations))
+        return f"tolerate the taint {taint_text(taint)} of node {node.name}"
+    if (node := first(LabelsMatch)) is not None:
+        return f"drop placement.node_selector, or label node {node.name}"
+    return ""

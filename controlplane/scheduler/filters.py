@@ -90,13 +90,8 @@ class TaintsTolerated:
         return f"with a taint that is not tolerated ({self._untolerated(need, nodes)})"
 
     def _untolerated(self, need: Need, nodes: Sequence[NodeView]) -> str:
-        taints = {
-            taint_text(each)
-            for node in nodes
-            for each in node.taints
-            if not each.tolerated_by(need.tolerations)
-        }
-        return ", ".join(sorted(taints))
+        taints = {each for node in nodes for each in node.taints if not each.tolerated_by(need.tolerations)}
+        return ", ".join(sorted(taint_text(each) for each in taints))
 
 
 class LabelsMatch:

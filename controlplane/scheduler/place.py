@@ -6,12 +6,13 @@ rank alike for all deployments with the same need, so that one heap a need serve
 few others are ranked for each. Ties are broken by name, so that equal snapshots give equal plans.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from heapq import heapify, heappop, heappush
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from heapq import heappop, heappush, heapreplace
 from typing import Protocol
 
-from controlplane.scheduler.filters import allows, passes_lasting
+from controlplane.scheduler.filters import passes_lasting
+from controlplane.scheduler.profiles import Profile, Profiles, heat_step
 from controlplane.scheduler.room import Room
 from controlplane.scheduler.structs import Claim, Need, NodeView
 
@@ -90,14 +91,14 @@ class FillUsedNodes:
 
 
 class BalanceHeat:
-    """`1 - heat`, one half where it is not known: among nodes that are equal otherwise, the cooler one."""
+    """`1 - heat` in tenths, one half where it is not known: of nodes otherwise equal, the cooler one."""
 
     name = "BalanceHeat"
     weight = 0.001
 
     def score(self, need: Need, node: NodeView, room: Room, preferences: Preferences) -> float:  # noqa: ARG002 - one signature for all scorers
         """See the class."""
-        return 0.5 if node.heat is None else 1.0 - min(1.0, max(0.0, node.heat))
+        return 1.0 - heat_step(node) / 10
 
 
 SCORERS: tuple[Scorer, ...] = (
@@ -133,72 +134,118 @@ class Terrain(Protocol):
 
     Attributes:
         nodes: By name.
-        traits: Number of each node's traits: nodes with equal numbers pass the lasting filters alike.
         room: What is left.
+        profiles: Nodes that are alike.
     """
 
     nodes: dict[str, NodeView]
-    traits: dict[str, int]
     room: Room
+    profiles: Profiles
+
+    def caching(self, model: str) -> Iterable[str]:
+        """Nodes that hold a model's weights."""
+        ...
 
 
-_Entry = tuple[float, str, int]
-"""Negative score, node, version of the node's account at the time of scoring."""
+_Entry = tuple[float, str, int, Profile]
+"""Negative score, first node, number of the profile, profile."""
 
 
 class Index:
     """The nodes that fit one need, best first, for deployments that have nothing on them.
 
-    It keeps up with the room by its log: a claim costs one new entry, not a new ranking.
-
-    Attributes:
-        eligible: Nodes that may hold the need, whatever room is left.
+    It ranks profiles, not nodes, and keeps up with changes of the room by the profiles' log.
     """
 
     def __init__(self, need: Need, terrain: Terrain) -> None:
         self._need = need
+        # Nodes that hold the weights are ranked by themselves.
+        self._plain = replace(need, model="") if need.model else need
         self._terrain = terrain
-        passing: dict[int, bool] = {}
-        self.eligible: dict[str, NodeView] = {}
-        for name, node in terrain.nodes.items():
-            traits = terrain.traits[name]
-            passes = passing.get(traits)
-            if passes is None:
-                passes = passing[traits] = passes_lasting(need, node)
-            if passes and (not need.node_selector or allows(need, node)):
-                self.eligible[name] = node
+        self._passing: dict[int, bool] = {}
+        self._scores: dict[int, float | None] = {}
+        self.caching = [name for name in terrain.caching(need.model) if self.accepts(name)]
         self.heap: list[_Entry] = []
-        for name in self.eligible:
-            entry = self._entry(name)
-            if entry is not None:
-                self.heap.append(entry)
-        heapify(self.heap)
-        self._read = len(terrain.room.log)
+        for profile in terrain.profiles.with_room(need):
+            self._push(profile, profile.names[0])
+        self._read = len(terrain.profiles.log)
 
-    def catch_up(self) -> None:
-        """Ranks the nodes again whose account has changed."""
-        log = self._terrain.room.log
-        if self._read == len(log):
-            return
-        for name in set(log[self._read :]):
-            if name in self.eligible:
-                entry = self._entry(name)
-                if entry is not None:
-                    heappush(self.heap, entry)
-        self._read = len(log)
+    def accepts(self, name: str) -> bool:
+        """True when a node may hold the need, whatever room is left."""
+        node = self._terrain.nodes.get(name)
+        if node is None or not self._passes(name, self._terrain.profiles.traits[name]):
+            return False
+        return all(each in node.labels for each in self._need.node_selector)
 
-    def _entry(self, name: str) -> _Entry | None:
-        room = self._terrain.room
-        if not room.fits(self._need, name):
-            return None
-        return -score_of(self._need, self.eligible[name], room, _NOTHING), name, room.version(name)
+    def accepting(self) -> list[str]:
+        """All such nodes, by name."""
+        return sorted(name for name in self._terrain.nodes if self.accepts(name))
+
+    def node(self, name: str) -> NodeView:
+        """A node."""
+        return self._terrain.nodes[name]
+
+    def best(self, passed_over: Callable[[str], bool]) -> tuple[float, str] | None:
+        """Negative score and name of the best node that is not to be passed over; None when there is none."""
+        self._catch_up()
+        heap, aside = self.heap, dict[int, _Entry]()
+        found: tuple[float, str] | None = None
+        while heap:
+            score, first, number, profile = heap[0]
+            name = self._first(profile, passed_over)
+            if name is None:
+                # Empty by now, or passed over in this search only.
+                heappop(heap)
+                if profile.names:
+                    aside[number] = (score, profile.names[0], number, profile)
+            elif name != first:
+                heapreplace(heap, (score, name, number, profile))
+            else:
+                found = score, name
+                break
+        for entry in aside.values():
+            heappush(heap, entry)
+        return found
+
+    def _first(self, profile: Profile, passed_over: Callable[[str], bool]) -> str | None:
+        selector = self._need.node_selector
+        for name in profile.names:
+            if not passed_over(name) and (not selector or self.accepts(name)):
+                return name
+        return None
+
+    def _catch_up(self) -> None:
+        """Takes in the nodes that came to another profile."""
+        profiles = self._terrain.profiles
+        profiles.refresh()
+        for name in profiles.log[self._read :]:
+            if name in self._terrain.nodes:
+                self._push(profiles.of(name), name)
+        self._read = len(profiles.log)
+
+    def _push(self, profile: Profile, name: str) -> None:
+        number = profile.number
+        if number not in self._scores:
+            fits = profile.fits(self._need) and self._passes(profile.names[0], profile.traits)
+            node = self._terrain.nodes[profile.names[0]]
+            score = -score_of(self._plain, node, self._terrain.room, _NOTHING) if fits else None
+            self._scores[number] = score
+        score = self._scores[number]
+        if score is not None:
+            heappush(self.heap, (score, name, number, profile))
+
+    def _passes(self, name: str, traits: int) -> bool:
+        passes = self._passing.get(traits)
+        if passes is None:
+            passes = self._passing[traits] = passes_lasting(self._need, self._terrain.nodes[name])
+        return passes
 
 
 class Search:
     """Finds the nodes for one deployment's replicas, one after the other.
 
-    Between `best` and the next, the caller claims the room and says so with `placed`. Used as a context
-    manager: at its end the shared index is as complete as before.
+    Between `best` and the next, the caller claims the room and says so with `placed`. Nodes on which the
+    deployment has something, whose weights are there or where it failed are ranked for it alone.
     """
 
     def __init__(self, need: Need, index: Index, room: Room, preferences: Preferences) -> None:
@@ -207,38 +254,29 @@ class Search:
         self._room = room
         self._counts = dict(preferences.replicas_on)
         self._preferences = Preferences(self._counts, preferences.failed_node)
-        self._aside: list[_Entry] = []
         self._special: set[str] = set()
-        self._special_heap: list[_Entry] = []
-        for name in sorted({*self._counts, preferences.failed_node}):
+        self._heap: list[tuple[float, str, int]] = []
+        for name in sorted({*self._counts, preferences.failed_node, *index.caching}):
             self._single_out(name)
-
-    def __enter__(self) -> "Search":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for entry in self._aside:
-            heappush(self._index.heap, entry)
-        self._aside.clear()
 
     def replicas_on(self, node: str) -> int:
         """Live replicas of the deployment on a node, those that were just placed among them."""
         return self._counts.get(node, 0)
 
     def score(self, node: str) -> float:
-        """Score of an eligible node."""
-        return score_of(self._need, self._index.eligible[node], self._room, self._preferences)
+        """Score of a node."""
+        return score_of(self._need, self._index.node(node), self._room, self._preferences)
 
     def best(self) -> Placement | None:
         """The best node with its devices; None when none has the room."""
-        self._index.catch_up()
-        candidates = [each for each in (self._best_ordinary(), self._best_special()) if each is not None]
+        ordinary = self._index.best(self._special.__contains__)
+        candidates = [each for each in (ordinary, self._best_special()) if each is not None]
         if not candidates:
             return None
-        found = min(candidates)
-        claims = self._room.choose(self._need, found[1])
+        score, name = min(candidates)
+        claims = self._room.choose(self._need, name)
         assert claims is not None, "the node was found to fit"
-        return Placement(found[1], claims, -found[0])
+        return Placement(name, claims, -score)
 
     def placed(self, node: str) -> None:
         """Notes that a replica was placed on a node."""
@@ -248,33 +286,20 @@ class Search:
 
     def _single_out(self, node: str) -> None:
         """Ranks a node for this deployment alone from now on."""
-        if node in self._index.eligible:
+        if self._index.accepts(node):
             self._special.add(node)
             self._rank(node)
 
     def _rank(self, node: str) -> None:
         if self._room.fits(self._need, node):
-            heappush(self._special_heap, (-self.score(node), node, self._room.version(node)))
-
-    def _best_ordinary(self) -> tuple[float, str] | None:
-        heap, room = self._index.heap, self._room
-        while heap:
-            score, name, version = heap[0]
-            if version != room.version(name):
-                # Outdated: the entry of its present account stands elsewhere in the heap, if it fits.
-                heappop(heap)
-            elif name in self._special:
-                self._aside.append(heappop(heap))
-            else:
-                return score, name
-        return None
+            heappush(self._heap, (-self.score(node), node, self._room.version(node)))
 
     def _best_special(self) -> tuple[float, str] | None:
-        heap = self._special_heap
-        while heap:
-            score, name, version = heap[0]
+        while self._heap:
+            score, name, version = self._heap[0]
             if version == self._room.version(name):
                 return score, name
-            heappop(heap)
+            # Something was placed there since.
+            heappop(self._heap)
             self._rank(name)
         return None

@@ -98,8 +98,9 @@ class Planner:
         if frozen != self._frozen:
             self._frozen = frozen
             books.epoch += 1
-            silent = (name for name, node in books.nodes.items() if node.state is not NodeState.READY)
-            books.dirty.update(each.deployment for name in silent for each in books.on_node(name).values())
+            silent = [name for name, node in books.nodes.items() if node.state is not NodeState.READY]
+            for name in silent:
+                books.dirty.update(each.deployment for each in books.on_node(name).values())
         agenda, waiting = self._agenda(now)
         draft = self._drafted(agenda, now, new_replica_id)
         if waiting and not draft.empty:
@@ -134,7 +135,9 @@ class Planner:
 
     def _remember(self, draft: Draft, agenda: set[str]) -> None:
         """Keeps what the next plan needs to know of this one."""
-        touched = {each.deployment for each in (*draft.place, *draft.drain, *draft.remove)}
+        touched = {each.deployment for each in draft.place}
+        touched |= {each.deployment for each in draft.drain}
+        touched |= {each.deployment for each in draft.remove}
         concluded = {each.deployment: each for each in draft.conclusions}
         for key in agenda | concluded.keys():
             conclusion = concluded.get(key)

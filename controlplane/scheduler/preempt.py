@@ -118,9 +118,8 @@ def _smallest(
         return None
     if need.device_count == 1:
         return _on_one_device(need, free, {name: claimed.get(name, []) for name in winnable}, limit)
-    concerned = list(
-        {each.replica.replica: each for name in winnable for each in claimed.get(name, ())}.values()
-    )
+    standing = (each for name in winnable for each in claimed.get(name, ()))
+    concerned = list({each.replica.replica: each for each in standing}.values())
     for size in range(1, min(limit, len(concerned)) + 1):
         if comb(len(concerned), size) > SETS_MAX:
             return _cleared(need, free, {name: claimed.get(name, []) for name in winnable}, limit)
@@ -169,9 +168,7 @@ def _cleared(
     cheapest = sorted(claimed, key=lambda name: (len(claimed[name]), name))[: need.device_count]
     going = {each.replica.replica: each for name in cheapest for each in claimed[name]}
     # The most important and oldest stay first.
-    for each in sorted(
-        going.values(), key=lambda each: (-each.priority, each.replica.created, each.replica.replica)
-    ):
+    for each in sorted(going.values(), key=lambda each: (-each.priority, each.replica.created)):
         rest = [other for other in going.values() if other is not each]
         if _enough(need, free, rest):
             del going[each.replica.replica]

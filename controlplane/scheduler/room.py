@@ -1,8 +1,8 @@
 """What is left on every device, while a plan is made.
 
 In come nodes and claims, out come answers about free memory that stay cheap while claims change: each
-node keeps its devices sorted, and a log tells indexes which nodes to look at again. Plain accounting: it
-refuses nothing and knows no deployment.
+node keeps its devices sorted, and a set tells which nodes have changed. Plain accounting: it refuses
+nothing and knows no deployment.
 """
 
 from bisect import bisect_left
@@ -46,11 +46,11 @@ class Room:
     """What is left on every device.
 
     Attributes:
-        log: Names of nodes whose account has changed, oldest first; cleared by its owner.
+        changed: Names of nodes whose account has changed; cleared by whoever follows it.
     """
 
     def __init__(self, nodes: Mapping[str, NodeView] | None = None) -> None:
-        self.log: list[str] = []
+        self.changed: set[str] = set()
         self._ledgers: dict[str, _Ledger] = {}
         for node in (nodes or {}).values():
             self.set_node(node)
@@ -136,6 +136,10 @@ class Room:
             ledger.groups = dict(sorted(found.items()))
         return ledger.groups
 
+    def account(self, node: str) -> tuple[tuple[Group, tuple[int, ...]], ...]:
+        """Free bytes of each group of equal devices, ascending: equal for nodes with the same room."""
+        return tuple((group, tuple(free for free, _ in equal)) for group, equal in self.groups(node).items())
+
     def fits(self, need: Need, node: str) -> bool:
         """True when the node has the devices free, all claims counted."""
         return need.device_count == 0 or self._fitting(need, node) is not None
@@ -188,7 +192,7 @@ class Room:
 
     def _changed(self, node: str, ledger: _Ledger) -> None:
         ledger.changed()
-        self.log.append(node)
+        self.changed.add(node)
 
 
 def startable_kinds(node: NodeView) -> dict[Engine, frozenset[DeviceKind]]:

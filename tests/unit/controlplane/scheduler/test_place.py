@@ -36,8 +36,7 @@ def cluster(*nodes: NodeView) -> tuple[Books, Room]:
 
 
 def find_placement(need: Need, books: Books, room: Room, preferences: Preferences) -> Placement | None:
-    with Search(need, Index(need, books), room, preferences) as search:
-        return search.best()
+    return Search(need, Index(need, books), room, preferences).best()
 
 
 def test_replicas_are_spread_and_used_nodes_are_filled_first() -> None:
