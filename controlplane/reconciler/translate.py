@@ -16,7 +16,7 @@ from millrace.state.v1 import records_pb2
 
 from controlplane.convert import served_model_name
 from controlplane.reconciler.endpoints import endpoints
-from controlplane.reconciler.view import View
+from controlplane.reconciler.view import Grouped, View
 from controlplane.scheduler import Conclusion, Condition, Drain, Place, Plan, Remove, Truth
 from controlplane.scheduler.conclude import UNPLACED
 from controlplane.status import AVAILABLE, SCHEDULED
@@ -48,12 +48,23 @@ class Notice:
 
 @dataclass(slots=True)
 class Transaction:
-    """Writes that belong together."""
+    """Writes that belong together.
+
+    Attributes:
+        deployment: Whose.
+        operations: What to write.
+        compares: What must hold for it.
+        notices: What to tell afterwards.
+        preempted_by: Deployment for which a replica makes room; empty for none.
+        concludes: True when it writes the deployment's conclusion.
+    """
 
     deployment: str
     operations: list[Operation] = field(default_factory=list)
     compares: list[Compare] = field(default_factory=list)
     notices: list[Notice] = field(default_factory=list)
+    preempted_by: str = ""
+    concludes: bool = False
 
     def write(self, key: str, value: Message, revision: int) -> None:
         """Adds a guarded put."""
@@ -81,8 +92,19 @@ class _Orders:
     remove: dict[str, Remove] = field(default_factory=dict)
 
 
-def translate(plan: Plan, view: View, *, now: datetime, fencing_token: int) -> list[Transaction]:
-    """Turns a plan into transactions; deployments about which nothing changes get none."""
+def translate(
+    plan: Plan, view: View, *, now: datetime, fencing_token: int, touched: Iterable[str] | None = None
+) -> list[Transaction]:
+    """Turns a plan into transactions; deployments about which nothing changes get none.
+
+    Args:
+        plan: What to do.
+        view: The records that it was made from.
+        now: The present.
+        fencing_token: The leader's.
+        touched: Deployments of which a record has changed since they were last translated, beside those
+            that the plan speaks of; all of them where it is None.
+    """
     orders: dict[str, _Orders] = {}
     for place in plan.place:
         orders.setdefault(place.deployment, _Orders()).place.append(place)
@@ -91,33 +113,40 @@ def translate(plan: Plan, view: View, *, now: datetime, fencing_token: int) -> l
     for remove in plan.remove:
         orders.setdefault(remove.deployment, _Orders()).remove[remove.replica] = remove
     conclusions = {each.deployment: each for each in plan.conclusions}
-    assignments = _by_deployment(view.assignments, keys.PLAN_REPLICAS)
-    published = _by_deployment(view.endpoints, keys.SERVE_ENDPOINTS)
-    observations = _by_deployment(view.observations, keys.ACTUAL_REPLICAS)
-    concluded = {key.removeprefix(keys.PLAN_DEPLOYMENTS) for key in view.conclusions}
-    transactions: list[Transaction] = []
-    for name in sorted({*orders, *conclusions, *published, *concluded}):
+    grouped = view.grouped if view.grouped is not None else Grouped(view)
+    if touched is None:
+        concluded = (key.removeprefix(keys.PLAN_DEPLOYMENTS) for key in view.conclusions)
+        touched = {*grouped.names(keys.SERVE_ENDPOINTS), *concluded}
+    evictions: dict[str, list[Transaction]] = {}
+    units: dict[str, list[Transaction]] = {}
+    guards: dict[str, Compare] = {}
+    for name in sorted({*orders, *conclusions, *touched}):
         scribe = _Scribe(
             name=name,
             view=view,
             now=now,
             fencing_token=fencing_token,
             orders=orders.get(name, _Orders()),
-            assignments=assignments.get(name, {}),
-            observations=observations.get(name, {}),
-            published=published.get(name, {}),
+            assignments=grouped.of(keys.PLAN_REPLICAS, name),
+            observations=grouped.of(keys.ACTUAL_REPLICAS, name),
+            published=grouped.of(keys.SERVE_ENDPOINTS, name),
         )
-        transactions += _packed(name, scribe.units(conclusions.get(name)), scribe.spec_guard())
+        guards[name] = scribe.spec_guard()
+        for unit in scribe.units(conclusions.get(name)):
+            if unit.preempted_by:
+                unit.compares.append(guards[name])
+                evictions.setdefault(unit.preempted_by, []).append(unit)
+            else:
+                units.setdefault(name, []).append(unit)
+    transactions: list[Transaction] = []
+    for name, own in units.items():
+        for unit in own if name in evictions else ():
+            if unit.concludes:
+                # Who makes room and for whom it is kept are written together, or not at all.
+                for eviction in evictions[name]:
+                    unit.absorb(eviction)
+        transactions += _packed(name, own, guards[name])
     return transactions
-
-
-def _by_deployment(items: Mapping[str, Message], prefix: str) -> dict[str, dict[str, Message]]:
-    """Regroups records by `namespace/deployment` and replica."""
-    grouped: dict[str, dict[str, Message]] = {}
-    for key, value in items.items():
-        name, _, replica = key.removeprefix(prefix).rpartition("/")
-        grouped.setdefault(name, {})[replica] = value
-    return grouped
 
 
 def _packed(name: str, units: Iterable[Transaction], guard: Compare) -> list[Transaction]:
@@ -160,7 +189,8 @@ class _Scribe:
         }
         wanted = endpoints(after, self._typed_observations(), present)
         for replica in sorted({*self.assignments, *after, *present}):
-            unit = Transaction(self.name)
+            drain = self.orders.drain.get(replica)
+            unit = Transaction(self.name, preempted_by=drain.preempted_by if drain is not None else "")
             self._order(unit, replica, after.get(replica))
             self._endpoint(unit, replica, wanted.get(replica), present.get(replica))
             unit.notices += self._notices(replica)
@@ -192,6 +222,7 @@ class _Scribe:
         drained.desired_state = types_pb2.REPLICA_STATE_DRAINING
         drained.drain_deadline_time.CopyFrom(to_timestamp(drain.deadline))
         drained.fencing_token = self.fencing_token
+        drained.preempted_by = drain.preempted_by
         return drained
 
     def _placed(self, place: Place) -> replica_pb2.ReplicaAssignment:
@@ -235,12 +266,12 @@ class _Scribe:
             unit.write(key, wanted, self.view.revisions(key))
 
     def _conclusion(self, conclusion: Conclusion | None) -> Transaction:
-        unit = Transaction(self.name)
+        unit = Transaction(self.name, concludes=True)
         key = keys.PLAN_DEPLOYMENTS + self.name
         before = self.view.conclusions.get(key)
         revision = self.view.revisions(key)
         if conclusion is None:
-            if before is not None:
+            if before is not None and keys.SPEC_DEPLOYMENTS + self.name not in self.view.deployments:
                 unit.delete(key, revision)
             return unit
         spec = self.view.deployments[keys.SPEC_DEPLOYMENTS + self.name]
@@ -257,6 +288,7 @@ class _Scribe:
             ],
         )
         self._failure(after, conclusion, before)
+        _write_preemption(after, conclusion)
         if after != before:
             unit.write(key, after, revision)
             if conclusion.scheduled.reason in UNPLACED and not _was_unschedulable(before):
@@ -304,7 +336,10 @@ class _Scribe:
         assignment = self.assignments.get(replica)
         node = assignment.node if isinstance(assignment, replica_pb2.ReplicaAssignment) else ""
         drain, remove = self.orders.drain.get(replica), self.orders.remove.get(replica)
-        if drain is not None:
+        if drain is not None and drain.preempted_by:
+            message = f"{replica} makes room: {drain.why}"
+            yield self._notice("Preempted", message, replica=replica, node=node, warning=True)
+        elif drain is not None:
             yield self._notice("Draining", f"{replica} drains: {drain.why}", replica=replica, node=node)
         if remove is not None:
             yield self._removal(remove, node)
@@ -344,6 +379,26 @@ class _Scribe:
     ) -> Notice:
         namespace, _, deployment = self.name.partition("/")
         return Notice(namespace, deployment, reason, message, replica, node, warning)
+
+
+def _write_preemption(after: records_pb2.DeploymentPlanRecord, conclusion: Conclusion) -> None:
+    for each in conclusion.reservations:
+        kept = after.reservations.add(
+            node=each.node,
+            devices=[
+                replica_pb2.DeviceClaim(device_id=claim.device_id, memory_bytes=claim.memory_bytes)
+                for claim in each.claims
+            ],
+            victims=each.victims,
+        )
+        kept.deadline_time.CopyFrom(to_timestamp(each.deadline))
+    lost = conclusion.preemption
+    if lost is not None:
+        after.preemption.deployment = lost.by
+        after.preemption.priority = lost.by_priority
+        after.preemption.replica = lost.replica
+        after.preemption.node = lost.node
+        after.preemption.time.CopyFrom(to_timestamp(lost.time))
 
 
 def _launch(record: records_pb2.DeploymentRecord, external_url: str) -> replica_pb2.LaunchSpec:
