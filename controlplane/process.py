@@ -11,6 +11,8 @@ import os
 import uuid
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, contextmanager
+from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar
 
@@ -33,6 +35,7 @@ from controlplane.gateway.app import Gateway, build_app, start_gateway
 from controlplane.gateway.backend import Backend
 from controlplane.knowledge import load_knowledge
 from controlplane.reconciler import Reconciler
+from controlplane.scheduler import Policy
 from controlplane.settings import ControlPlaneSettings
 from core import VERSION
 from core.clock import Clock, SystemClock
@@ -162,6 +165,7 @@ class ControlPlane:
             addresses=addresses,
             fleet_token=read_token(self._settings.fleet_token_file),
             agent_tls=self._settings.tls(),
+            policy=replace(Policy(), drain=timedelta(seconds=self._settings.drain_seconds)),
         )
 
     async def _serve_grpc(

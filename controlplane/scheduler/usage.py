@@ -35,8 +35,8 @@ class Usage:
         """Counts a replica."""
         held = self._held.setdefault(namespace, _Held())
         held.replicas += 1
-        devices = held.devices.setdefault(node, {})
         for each in claims:
+            devices = held.devices.setdefault(node, {})
             count = devices.get(each.device_id, 0)
             devices[each.device_id] = count + 1
             held.device_count += count == 0
@@ -45,14 +45,14 @@ class Usage:
         """Takes a replica out of the count."""
         held = self._held[namespace]
         held.replicas -= 1
-        devices = held.devices[node]
         for each in claims:
+            devices = held.devices[node]
             devices[each.device_id] -= 1
             if not devices[each.device_id]:
                 del devices[each.device_id]
                 held.device_count -= 1
-        if not devices:
-            del held.devices[node]
+            if not devices:
+                del held.devices[node]
         if not held.replicas:
             del self._held[namespace]
 

@@ -297,6 +297,8 @@ def needs(draw: st.DrawFn) -> Need:
         node_selector=(("zone", draw(st.sampled_from(ZONES))),) if draw(st.integers(0, 5)) == 5 else (),
         tolerations=(Toleration("dedicated"),) if draw(st.booleans()) else (),
     )
+    if draw(st.integers(0, 9)) == 9:
+        return replace(limits, engine=Engine.SIMULATOR)
     if draw(st.booleans()):
         memory = draw(st.integers(1, 12)) * GIB
         return replace(limits, device_kinds=(DeviceKind.CPU,), device_count=1, memory_bytes=memory)
