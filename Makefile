@@ -27,7 +27,7 @@ ETCD_PORT ?= 2389
 ROUTER_WORKERS ?= 1
 ENGINE ?= vllm
 
-.PHONY: help up down test test-unit test-integration test-e2e lint type gen fmt bench bench-router clean sync
+.PHONY: help up down test test-unit test-integration test-e2e test-scheduler lint type gen fmt bench bench-router bench-scheduler clean sync
 
 help: ## Show this help
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
@@ -70,6 +70,11 @@ test-e2e: $(STAMP) ## End to end on real vLLM
 	@$(BIN)/python -m deploy.local.engine_environment
 	@$(BIN)/python -m pytest tests/e2e
 
+# Generated clusters and histories; `make test` takes a few dozen of them.
+EXAMPLES ?= 10000
+test-scheduler: $(STAMP) ## The scheduler's promises against 10,000 generated clusters (EXAMPLES=N)
+	@MILLRACE_SCHEDULER_EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest tests/properties/test_scheduler_safety.py tests/properties/test_scheduler_preemption.py -n 2
+
 bench: $(STAMP) ## Measure: declaration to ready, fail-over
 	@$(BIN)/python -m tests.bench
 
@@ -81,6 +86,9 @@ bench-router: $(STAMP) ## Compare picking strategies in virtual time (TRACE=FILE
 	@for load in one-prefix shared-prefix multi-turn random; do \
 		$(BIN)/python -m tests.bench.router_trace --load $$load; done
 	@$(BIN)/python -m tests.bench.prefix_index
+
+bench-scheduler: $(STAMP) ## Measure full plans and rounds of the loop: 1000 nodes, 5000 replicas
+	@$(BIN)/python -m tests.bench.scheduler --profile
 
 $(BUF):
 	@command -v npm >/dev/null || { echo "buf needs node and npm, and npm is not on PATH: install nodejs and npm, then run this again"; exit 1; }

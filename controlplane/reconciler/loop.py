@@ -254,7 +254,7 @@ class Reconciler:
 
     async def _commit(self, cluster: ClusterView, transactions: list[Transaction]) -> bool:
         """Commits each transaction, then waits until all of it is visible; False after a conflict."""
-        settled, revision, written, refused = True, 0, list[str](), set[str]()
+        settled, written, refused = True, dict[str, int](), set[str]()
         for transaction in transactions:
             if self._leadership.lost.is_set():
                 return False
@@ -267,12 +267,11 @@ class Reconciler:
                 settled = False
                 refused.add(transaction.deployment)
                 continue
-            revision = outcome.revision
-            written += [operation.key for operation in transaction.operations]
+            written.update({operation.key: outcome.revision for operation in transaction.operations})
             self._announce(transaction)
         self._unsettled = refused
         if written:
-            await cluster.wait_for(written, revision, ECHO_SECONDS)
+            await cluster.wait_for(written, ECHO_SECONDS)
         return settled
 
     def _announce(self, transaction: Transaction) -> None:

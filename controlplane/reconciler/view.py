@@ -6,7 +6,7 @@ It writes nothing.
 """
 
 import asyncio
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -135,19 +135,23 @@ class ClusterView:
         for mirror in self._by_prefix.values():
             await mirror.wait_synced(timeout_seconds)
 
-    async def wait_for(self, written: Sequence[str], revision: int, timeout_seconds: float) -> None:
-        """Waits until own writes to some keys, committed at a revision, are visible.
+    async def wait_for(self, written: Mapping[str, int], timeout_seconds: float) -> None:
+        """Waits until own writes are visible.
+
+        Each prefix is waited for up to its own last write: of writes to others it hears only when the
+        store is idle.
+
+        Args:
+            written: Keys, each with the revision at which it was committed.
+            timeout_seconds: For each prefix.
 
         Raises:
             StoreUnavailable: They did not come in time.
         """
-        touched = {
-            prefix: mirror
-            for prefix, mirror in self._by_prefix.items()
-            if any(key.startswith(prefix) for key in written)
-        }
-        for mirror in touched.values():
-            await mirror.wait_for_revision(revision, timeout_seconds)
+        for prefix, mirror in self._by_prefix.items():
+            revision = max((at for key, at in written.items() if key.startswith(prefix)), default=0)
+            if revision:
+                await mirror.wait_for_revision(revision, timeout_seconds)
 
     def take(self) -> View:
         """The records of this moment; later changes do not touch them.

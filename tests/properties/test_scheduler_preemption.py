@@ -10,11 +10,11 @@ from controlplane.scheduler import DeploymentView, Need, Plan, Policy, ReplicaVi
 from controlplane.scheduler.books import Books
 from controlplane.scheduler.filters import allows
 from controlplane.scheduler.preempt import Candidate, Cost, cost_of
-from tests.properties.test_scheduler_safety import EXAMPLES
+from tests.properties.test_scheduler_safety import EXAMPLES, PARTS
 from tests.support.scheduled_world import World, needs, worlds
 
 QUICK = settings(
-    max_examples=max(20, EXAMPLES // 5),
+    max_examples=-(-EXAMPLES // PARTS),
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
 )

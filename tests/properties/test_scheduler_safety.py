@@ -1,6 +1,7 @@
 """Generated clusters and histories: what must hold whatever happens.
 
-`MILLRACE_SCHEDULER_EXAMPLES` sets how many of them in all (`make test-scheduler` takes 10,000).
+`MILLRACE_SCHEDULER_EXAMPLES` sets how many of them in all, with those of `test_scheduler_preemption`;
+`make test-scheduler` takes 10,000.
 """
 
 import itertools
@@ -14,10 +15,12 @@ from controlplane.scheduler import plan
 from core.states import NodeState
 from tests.support.scheduled_world import START, TAINTS, World, needs, node_views, pins, quotas, worlds
 
-# By default about two seconds of generated clusters.
-EXAMPLES = int(os.environ.get("MILLRACE_SCHEDULER_EXAMPLES", "300"))
-_PARTS = 5
-QUICK = settings(max_examples=EXAMPLES // _PARTS, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+# By default about three seconds of generated clusters.
+EXAMPLES = int(os.environ.get("MILLRACE_SCHEDULER_EXAMPLES", "140"))
+PARTS = 7
+QUICK = settings(
+    max_examples=-(-EXAMPLES // PARTS), deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
 
 
 @QUICK

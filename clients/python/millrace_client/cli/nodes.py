@@ -174,7 +174,7 @@ def _changed(session: Session, node: "Node") -> None:
         return
     labels = ", ".join(f"{key}={value}" for key, value in sorted(node.spec.labels.items()))
     taints = ", ".join(
-        f"{each.key}{'=' if each.value else ''}{each.value}:{enum_name(each, 'effect')}"
+        f"{each.key}{'=' if each.value else ''}{each.value}:{enum_name(each, 'effect').lower()}"
         for each in node.spec.taints
     )
     session.write(f"node {node.name} labels: {labels or 'none'}; taints: {taints or 'none'}")
