@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from controlplane.scheduler.draft import Draft
-from controlplane.scheduler.explain import Explanation, explain, explain_pin, explain_quota
+from controlplane.scheduler.explain import Explanation, explain_pin, explain_quota
 from controlplane.scheduler.failures import Memory
 from controlplane.scheduler.filters import allows
 from controlplane.scheduler.place import Placement, Preferences, Search
@@ -316,7 +316,7 @@ class Assigner:
             return explain_quota(self._deployment.namespace, refusal, self._need)
         if slot is not None:
             return explain_pin(self._need, slot, books.nodes, books.room)
-        return explain(self._need, books.nodes, books.room, self._preferences, verdicts=False)
+        return self._draft.explanation(self._need)
 
 
 def _place_of(pin: Pin) -> tuple[str, frozenset[str]]:

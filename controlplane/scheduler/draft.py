@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime
 
 from controlplane.scheduler.books import Books
+from controlplane.scheduler.explain import Explanation, explain_briefly
 from controlplane.scheduler.place import Index
 from controlplane.scheduler.reconcile import Class, Sorted
 from controlplane.scheduler.structs import (
@@ -61,6 +62,7 @@ class Draft:
     reserves: bool = False
     planned: set[str] = field(default_factory=set)
     _indexes: dict[Need, Index] = field(default_factory=dict)
+    _explanations: dict[Need, Explanation] = field(default_factory=dict)
     _undo: list[tuple[bool, str, str, tuple[Claim, ...]]] = field(default_factory=list)
 
     @property
@@ -78,13 +80,23 @@ class Draft:
             index = self._indexes[need] = Index(need, self.books)
         return index
 
+    def explanation(self, need: Need) -> Explanation:
+        """Why a need fits nowhere now; worked out once for all that wait with the same need."""
+        need = replace(need, model="")
+        found = self._explanations.get(need)
+        if found is None:
+            found = self._explanations[need] = explain_briefly(need, self.books)
+        return found
+
     def take(self, deployment: str, node: str, claims: tuple[Claim, ...]) -> None:
         """Books room until the draft is undone."""
+        self._explanations.clear()
         self.books.book(deployment, node, claims)
         self._undo.append((True, deployment, node, claims))
 
     def give(self, deployment: str, node: str, claims: tuple[Claim, ...]) -> None:
         """Frees room until the draft is undone."""
+        self._explanations.clear()
         self.books.free(deployment, node, claims)
         self._undo.append((False, deployment, node, claims))
 

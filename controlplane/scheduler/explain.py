@@ -4,7 +4,7 @@ In come a need, the nodes and the room left; out comes an `Explanation`. It uses
 placement uses, so that it cannot tell a different story.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from controlplane.scheduler.books import Books
@@ -77,14 +77,7 @@ class Explanation:
         return f"{self.summary}; {self.suggestion}" if self.suggestion else self.summary
 
 
-def explain(
-    need: Need,
-    nodes: Mapping[str, NodeView],
-    room: Room,
-    preferences: Preferences,
-    *,
-    verdicts: bool = True,
-) -> Explanation:
+def explain(need: Need, nodes: Mapping[str, NodeView], room: Room, preferences: Preferences) -> Explanation:
     """Explains, node by node, whether one more replica fits.
 
     Args:
@@ -92,37 +85,52 @@ def explain(
         nodes: By name.
         room: What is left.
         preferences: What scorers know of its deployment.
-        verdicts: Whether to word each node's verdict; the counts need none.
     """
-    refused: dict[str, list[NodeView]] = {}
-    found: list[NodeVerdict] = []
-    fitting = 0
-    for _, node in sorted(nodes.items()):
-        refusing = refusing_filter(need, node, room)
-        if refusing is None:
-            fitting += 1
+    listed = [node for _, node in sorted(nodes.items())]
+    verdicts = [_verdict(need, node, room, preferences) for node in listed]
+    counted = _counted(need, [(node, 1) for node in listed], room)
+    return replace(counted, nodes=tuple(verdicts))
+
+
+def explain_briefly(need: Need, books: Books) -> Explanation:
+    """Explains in one sentence, without the nodes' verdicts: nodes that are alike are looked at once."""
+    alike: list[tuple[NodeView, int]] = []
+    for profile in books.profiles.all():
+        names: Sequence[str] = profile.names
+        if need.node_selector:
+            # Labels are not among what makes nodes alike.
+            matching = [name for name in names if LabelsMatch().check(need, books.nodes[name], books.room)]
+            others = [name for name in names if name not in set(matching)]
+            alike += [(books.nodes[each[0]], len(each)) for each in (matching, others) if each]
         else:
-            refused.setdefault(refusing.name, []).append(node)
-        if verdicts:
-            found.append(_verdict(need, node, room, preferences, refusing))
+            alike.append((books.nodes[names[0]], len(names)))
+    return _counted(need, sorted(alike, key=lambda each: each[0].name), books.room)
+
+
+def _counted(need: Need, alike: Sequence[tuple[NodeView, int]], room: Room) -> Explanation:
+    """Counts why nodes were refused, from one of each kind with the number of its kind, by name."""
+    refused: dict[str, list[NodeView]] = {}
+    numbers: dict[str, int] = {}
+    for node, number in alike:
+        refusing = refusing_filter(need, node, room)
+        name = refusing.name if refusing is not None else ""
+        refused.setdefault(name, []).append(node)
+        numbers[name] = numbers.get(name, 0) + number
+    fitting = numbers.get("", 0)
     counts = [f"{fitting} with room"] if fitting else []
     counts += [
-        f"{len(refused[each.name])} {each.summarise(need, refused[each.name], room)}"
+        f"{numbers[each.name]} {each.summarise(need, refused[each.name], room)}"
         for each in FILTERS
         if each.name in refused
     ]
-    total = f"{len(nodes)} node{'' if len(nodes) == 1 else 's'}"
+    known = sum(numbers.values())
+    total = f"{known} node{'' if known == 1 else 's'}"
     summary = f"needs {need_text(need)}; " + (f"{total}: {', '.join(counts)}" if counts else f"{total} known")
-    return Explanation(
-        summary=summary,
-        suggestion="" if fitting else _suggestion(need, nodes, room, refused),
-        nodes=tuple(found),
-    )
+    return Explanation(summary, "" if fitting else _suggestion(need, known, room, refused))
 
 
-def _verdict(
-    need: Need, node: NodeView, room: Room, preferences: Preferences, refusing: Filter | None
-) -> NodeVerdict:
+def _verdict(need: Need, node: NodeView, room: Room, preferences: Preferences) -> NodeVerdict:
+    refusing = refusing_filter(need, node, room)
     if refusing is not None:
         return NodeVerdict(node.name, refusing.name, refusing.explain(need, node, room))
     return NodeVerdict(node.name, "", "one more replica fits", score_of(need, node, room, preferences))
@@ -227,11 +235,9 @@ def need_text(need: Need) -> str:
     return f"{format_bytes(need.memory_bytes)} on {need.device_count} x {where} ({each} each)"
 
 
-def _suggestion(
-    need: Need, nodes: Mapping[str, NodeView], room: Room, refused: Mapping[str, list[NodeView]]
-) -> str:
+def _suggestion(need: Need, known: int, room: Room, refused: Mapping[str, list[NodeView]]) -> str:
     """The cheapest change: opening a node, installing an engine, freeing memory, adding a machine."""
-    if not nodes:
+    if not known:
         return "start a node agent"
 
     opening = _opening(need, room, refused)

@@ -103,6 +103,11 @@ class Profiles:
         self.refresh()
         return self._of[name]
 
+    def all(self) -> Iterator[Profile]:
+        """All profiles, in no particular order."""
+        self.refresh()
+        yield from tuple(self._by_number.values())
+
     def with_room(self, need: Need) -> Iterator[Profile]:
         """Profiles that fit a need, in no particular order."""
         self.refresh()

@@ -69,7 +69,7 @@ async def test_a_less_important_replica_makes_room_and_comes_back_later(cluster:
     assert not after.reservations
     assert any(each["reason"] == "Preempted" for each in cluster.events.emitted)
 
-    await cluster.add_node("node-2", memory_gib=16)
+    await cluster.add_node("node-2", memory_gib=32)
     await cluster.drive(lambda: ready(cluster, "patient"))
     concluded = await cluster.concluded("patient")
     assert concluded is not None
