@@ -33,7 +33,7 @@ from controlplane.fleet.service import SERVICE_NAME as FLEET_SERVICE_NAME
 from controlplane.fleet.service import FleetService
 from controlplane.gateway.app import Gateway, build_app, start_gateway
 from controlplane.gateway.backend import Backend
-from controlplane.knowledge import load_knowledge
+from controlplane.knowledge import load_environments, load_knowledge
 from controlplane.reconciler import Reconciler
 from controlplane.scheduler import Policy
 from controlplane.settings import ControlPlaneSettings
@@ -133,6 +133,7 @@ class ControlPlane:
                 leadership,
                 events,
                 drain_seconds=settings.drain_seconds,
+                environments=load_environments(settings.environments_file),
             )
             _log.info(
                 "control plane listens",

@@ -17,6 +17,7 @@ import structlog
 from prometheus_client import Counter, Gauge, Histogram
 
 from controlplane.events import SYSTEM_NAMESPACE, EventSink
+from controlplane.knowledge.environments import Environments
 from controlplane.reconciler.snapshot import follow
 from controlplane.reconciler.translate import Transaction, translate
 from controlplane.reconciler.view import ClusterView
@@ -127,6 +128,7 @@ class Reconciler:
         *,
         drain_seconds: float = 30.0,
         settings: ReconcilerSettings | None = None,
+        environments: Environments | None = None,
     ) -> None:
         settings = settings or ReconcilerSettings(drain_seconds=drain_seconds)
         self.rounds = 0
@@ -135,6 +137,7 @@ class Reconciler:
         self._clock = clock
         self._leadership = leadership
         self._events = events
+        self._environments = environments or Environments()
         self._policy = settings.effective_policy()
         self._frozen = ""
         self._wake = asyncio.Event()
@@ -239,7 +242,14 @@ class Reconciler:
         made = planner.plan(now, new_replica_id)
         self._tell_frozen(made.frozen)
         _pending.set(sum(each.pending for each in planner.conclusions.values()))
-        transactions = translate(made, view, now=now, fencing_token=fencing_token, touched=touched)
+        transactions = translate(
+            made,
+            view,
+            now=now,
+            fencing_token=fencing_token,
+            touched=touched,
+            environments=self._environments,
+        )
         # Whatever is not committed below has to be looked at again.
         self._unsettled = {each.deployment for each in transactions}
         settled = await self._commit(cluster, transactions)

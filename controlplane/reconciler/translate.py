@@ -15,17 +15,21 @@ from millrace.core.v1 import deployment_pb2, endpoint_pb2, replica_pb2, types_pb
 from millrace.state.v1 import records_pb2
 
 from controlplane.convert import served_model_name
+from controlplane.knowledge.environments import Environments
 from controlplane.reconciler.endpoints import endpoints
 from controlplane.reconciler.view import Grouped, View
 from controlplane.scheduler import Conclusion, Condition, Drain, Place, Plan, Remove, Truth
 from controlplane.scheduler.conclude import UNPLACED
 from controlplane.status import AVAILABLE, SCHEDULED
 from core.clock import to_timestamp
+from core.states import DeviceKind, Engine
 from core.store import Compare, Delete, Operation, Put, keys
 
 # Below the store's 128, so that the guards fit beside them.
 OPERATIONS_MAX = 100
 
+_ENGINES = {int(each): each for each in Engine}
+_KINDS = {int(each): each for each in DeviceKind}
 _STATUS = {
     Truth.TRUE: types_pb2.CONDITION_STATUS_TRUE,
     Truth.FALSE: types_pb2.CONDITION_STATUS_FALSE,
@@ -93,7 +97,13 @@ class _Orders:
 
 
 def translate(
-    plan: Plan, view: View, *, now: datetime, fencing_token: int, touched: Iterable[str] | None = None
+    plan: Plan,
+    view: View,
+    *,
+    now: datetime,
+    fencing_token: int,
+    touched: Iterable[str] | None = None,
+    environments: Environments | None = None,
 ) -> list[Transaction]:
     """Turns a plan into transactions; deployments about which nothing changes get none.
 
@@ -104,6 +114,7 @@ def translate(
         fencing_token: The leader's.
         touched: Deployments of which a record has changed since they were last translated, beside those
             that the plan speaks of; all of them where it is None.
+        environments: What engines need on which hardware; nothing where it is None.
     """
     orders: dict[str, _Orders] = {}
     for place in plan.place:
@@ -130,6 +141,7 @@ def translate(
             assignments=grouped.of(keys.PLAN_REPLICAS, name),
             observations=grouped.of(keys.ACTUAL_REPLICAS, name),
             published=grouped.of(keys.SERVE_ENDPOINTS, name),
+            environments=environments or Environments(),
         )
         guards[name] = scribe.spec_guard()
         for unit in scribe.units(conclusions.get(name)):
@@ -173,6 +185,7 @@ class _Scribe:
     assignments: Mapping[str, Message]
     observations: Mapping[str, Message]
     published: Mapping[str, Message]
+    environments: Environments
 
     def spec_guard(self) -> Compare:
         """The plan holds only while the spec is the one that it was made from."""
@@ -238,11 +251,28 @@ class _Scribe:
                 replica_pb2.DeviceClaim(device_id=claim.device_id, memory_bytes=claim.memory_bytes)
                 for claim in place.claims
             ],
-            launch=_launch(record, place.external_url),
+            launch=self._suited(_launch(record, place.external_url), place),
             desired_state=types_pb2.REPLICA_STATE_READY,
             fencing_token=self.fencing_token,
             create_time=to_timestamp(self.now),
         )
+
+    def _suited(self, launch: replica_pb2.LaunchSpec, place: Place) -> replica_pb2.LaunchSpec:
+        """The launch with what the node's hardware asks for; what the user says wins."""
+        node = self.view.nodes.get(keys.ACTUAL_NODES + place.node)
+        claimed = {each.device_id for each in place.claims}
+        devices = [each for each in node.inventory.devices if each.id in claimed] if node is not None else []
+        if not devices or devices[0].kind not in _KINDS or launch.engine not in _ENGINES:
+            return launch
+        device = devices[0]
+        row = self.environments.find(_ENGINES[launch.engine], _KINDS[device.kind], device.product)
+        if row is not None:
+            launch.image_family = row.family
+            said = {name.replace("-", "_") for name in launch.extra_args.fields}
+            launch.extra_args.update(
+                {name: value for name, value in row.arguments.items() if name.replace("-", "_") not in said}
+            )
+        return launch
 
     def _order(self, unit: Transaction, replica: str, after: replica_pb2.ReplicaAssignment | None) -> None:
         key = f"{keys.PLAN_REPLICAS}{self.name}/{replica}"

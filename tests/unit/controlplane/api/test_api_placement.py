@@ -189,7 +189,8 @@ async def run(api: ApiHarness, name: str, *, memory_bytes: int) -> str:
 
 async def plan(api: ApiHarness, **fields: Any) -> messages.PlannedDeployment:
     request = messages.PlanDeploymentsRequest(models=[declared("new", **fields)], namespace="team")
-    (planned,) = (await api.call("PlanDeployments", request)).deployments
+    response: messages.PlanDeploymentsResponse = await api.call("PlanDeployments", request)
+    (planned,) = response.deployments
     return planned
 
 
