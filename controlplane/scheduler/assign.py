@@ -77,8 +77,9 @@ class Assigner:
             return result
         search = self._search()
         self._redeem(search, wanted)
-        slots = self._slots()[: wanted - result.placed - len(result.reservations)]
-        for slot in slots:
+        for slot in self._slots():
+            if result.placed + len(result.reservations) >= wanted:
+                break
             found = self._find(search, slot)
             if found is not None:
                 self._start(search, found)

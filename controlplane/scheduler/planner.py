@@ -237,7 +237,7 @@ def _plan_deployment(draft: Draft, deployment: DeploymentView, intent: Intent) -
     assigner = Assigner(draft, deployment, members, intent, memory)
     assigned = assigner.assign(allowed)
     yielded: Sorted | None = None
-    if assigned.explanation is not None and not assigned.reservations:
+    if assigned.explanation is not None and not assigned.reservations and assigned.placed < allowed:
         yielded = _yielding(intent, assigner, assigned, members)
         if yielded is not None:
             draft.give_up(yielded)
