@@ -27,8 +27,8 @@ ETCD_PORT ?= 2389
 ROUTER_WORKERS ?= 1
 ENGINE ?= vllm
 
-.PHONY: help up down test test-unit test-integration test-e2e lint type gen fmt bench bench-router bench-scheduler
-.PHONY: chaos clean sync
+.PHONY: help up down test test-unit test-integration test-e2e test-scheduler lint type gen fmt
+.PHONY: bench bench-router bench-scheduler chaos clean sync
 
 help: ## Show this help
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
@@ -71,6 +71,11 @@ test-e2e: $(STAMP) ## End to end on real vLLM
 	@$(BIN)/python -m deploy.local.engine_environment
 	@$(BIN)/python -m pytest tests/e2e
 
+# Generated clusters and histories; `make test` takes a few dozen of them.
+EXAMPLES ?= 10000
+test-scheduler: $(STAMP) ## The scheduler's promises against 10,000 generated clusters (EXAMPLES=N)
+	@MILLRACE_SCHEDULER_EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest tests/properties/test_scheduler_safety.py tests/properties/test_scheduler_preemption.py -n 2
+
 bench: $(STAMP) ## Measure: declaration to ready, fail-over
 	@$(BIN)/python -m tests.bench
 
@@ -83,7 +88,8 @@ bench-router: $(STAMP) ## Compare picking strategies in virtual time (TRACE=FILE
 		$(BIN)/python -m tests.bench.router_trace --load $$load; done
 	@$(BIN)/python -m tests.bench.prefix_index
 
-bench-scheduler: $(STAMP) ## A thousand simulated agents against one control plane and etcd
+bench-scheduler: $(STAMP) ## Measure full plans and rounds of the loop (1000 nodes, 5000 replicas), and a thousand agents
+	@$(BIN)/python -m tests.bench.scheduler --profile
 	@$(BIN)/python -m tests.bench.agents
 
 chaos: $(STAMP) ## Hurt every process of a real cluster in every way, and check what holds (about 15 minutes)

@@ -11,6 +11,8 @@ import os
 import uuid
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, contextmanager
+from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar
 
@@ -31,8 +33,9 @@ from controlplane.fleet.service import SERVICE_NAME as FLEET_SERVICE_NAME
 from controlplane.fleet.service import FleetService
 from controlplane.gateway.app import Gateway, build_app, start_gateway
 from controlplane.gateway.backend import Backend
-from controlplane.knowledge import load_knowledge
+from controlplane.knowledge import load_environments, load_knowledge
 from controlplane.reconciler import Reconciler
+from controlplane.scheduler import Policy
 from controlplane.settings import ControlPlaneSettings
 from core import VERSION
 from core.clock import Clock, SystemClock
@@ -130,6 +133,7 @@ class ControlPlane:
                 leadership,
                 events,
                 drain_seconds=settings.drain_seconds,
+                environments=load_environments(settings.environments_file),
             )
             _log.info(
                 "control plane listens",
@@ -162,6 +166,7 @@ class ControlPlane:
             addresses=addresses,
             fleet_token=read_token(self._settings.fleet_token_file),
             agent_tls=self._settings.tls(),
+            policy=replace(Policy(), drain=timedelta(seconds=self._settings.drain_seconds)),
         )
 
     async def _serve_grpc(

@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
+from controlplane.knowledge.environments import read_operator_rows
 from core.rpc import require_safe_bind
 from core.settings import EtcdOptions, LogOptions, Port, TlsOptions, process_configuration, read_token
 
@@ -52,6 +53,18 @@ class ControlPlaneSettings(LogOptions, TlsOptions, EtcdOptions):
     drain_seconds: Annotated[float, Field(ge=0, le=3600)] = Field(
         30.0, description="Time that a draining replica has to finish its requests."
     )
+
+    environments_file: Path | None = Field(
+        None,
+        description="Your own rows of the matrix from engine and hardware to image family and arguments.",
+    )
+
+    @field_validator("environments_file")
+    @classmethod
+    def _check_environments(cls, value: Path | None) -> Path | None:
+        if value is not None:
+            read_operator_rows(value)
+        return value
 
     @field_validator("admin_token_file", "fleet_token_file")
     @classmethod

@@ -11,7 +11,7 @@ from millrace.core.v1 import deployment_pb2, replica_pb2, types_pb2
 from millrace.state.v1 import records_pb2
 
 from controlplane.convert import desired_replicas
-from controlplane.scheduler.conclude import UNSCHEDULABLE
+from controlplane.scheduler.conclude import UNPLACED
 from core.clock import from_timestamp
 
 SCHEDULED = "Scheduled"
@@ -146,7 +146,7 @@ def _phase(
         unschedulable = any(
             each.type == SCHEDULED
             and each.status == types_pb2.CONDITION_STATUS_FALSE
-            and each.reason == UNSCHEDULABLE
+            and each.reason in UNPLACED
             for each in plan_record.conditions
         )
     rows = (

@@ -67,3 +67,11 @@ class DeviceKind(IntEnum):
     UNSPECIFIED = 0
     CPU = 1
     NVIDIA = 2
+
+
+class TaintEffect(IntEnum):
+    """What a taint does to replicas that do not tolerate it."""
+
+    UNSPECIFIED = 0
+    NO_SCHEDULE = 1
+    NO_EXECUTE = 2

@@ -12,6 +12,7 @@ from millrace.core.v1 import node_pb2, replica_pb2, stats_pb2
 
 from core import VERSION
 from core.clock import Clock, to_timestamp
+from nodeagent.cached_models import cached_models, hub_cache
 from nodeagent.devices.base import DeviceSource
 from nodeagent.engines.base import CannotStart, ClaimedDevice
 from nodeagent.engines.registry import EngineAdapters
@@ -67,6 +68,7 @@ class Inventory:
             memory_bytes=psutil.virtual_memory().total,
             processors=psutil.cpu_count() or 0,
             labels=self._labels,
+            cached_models=cached_models(hub_cache()),
         )
 
     def claimed(self, claims: Sequence[replica_pb2.DeviceClaim]) -> list[ClaimedDevice]:

@@ -351,7 +351,7 @@ class Lifecycle:
     def _stop(self, replica: Replica, message: str) -> float:
         now = self.clock.monotonic()
         kill_at = now + self.limits.stop_grace
-        replica.ending = Ending(ReplicaState.STOPPED, message, kill_at, kill_at + self.limits.kill_grace)
+        replica.ending = Ending(_ended(replica), message, kill_at, kill_at + self.limits.kill_grace)
         return 0.0
 
     def _fail(self, replica: Replica, message: str) -> float:
@@ -385,7 +385,7 @@ class Lifecycle:
             await self._finish(replica, ending.state, ending.message)
             return None
         if replica.state == ReplicaState.DRAINING:
-            await self._finish(replica, ReplicaState.STOPPED, f"ended while draining: {how}")
+            await self._finish(replica, _ended(replica), f"ended while draining: {how}")
             return None
         when = "after it had been ready" if replica.state == ReplicaState.READY else "before it was ready"
         await self._finish(replica, ReplicaState.FAILED, f"the engine ended {when}: {how}")
@@ -455,3 +455,8 @@ def process_labels(replica: Replica, labels: Mapping[str, str]) -> dict[str, str
 
 def _wants_drain(replica: Replica) -> bool:
     return replica.assignment.desired_state >= types_pb2.REPLICA_STATE_DRAINING
+
+
+def _ended(replica: Replica) -> ReplicaState:
+    """State of a replica that ended because it was asked to."""
+    return ReplicaState.PREEMPTED if replica.assignment.preempted_by else ReplicaState.STOPPED

@@ -145,6 +145,7 @@ class Replica:
         if changed:
             self.assignment.desired_state = assignment.desired_state
             self.assignment.drain_deadline_time.CopyFrom(assignment.drain_deadline_time)
+            self.assignment.preempted_by = assignment.preempted_by
             self.wake.set()
         return True
 

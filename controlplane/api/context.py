@@ -8,6 +8,7 @@ from controlplane.api.idempotency import RequestMemory
 from controlplane.api.sizer import Sizer
 from controlplane.api.view import ClusterView
 from controlplane.events import EventSink
+from controlplane.scheduler import Policy
 from core.clock import Clock
 from core.rpc import TlsFiles
 from core.store.types import Delete, Put, Store
@@ -55,6 +56,7 @@ class ApiContext:
         addresses: What users are told.
         fleet_token: Credential for calls to agents.
         agent_tls: Files for calls to agents.
+        policy: Bounds that the leader plans with.
     """
 
     store: Store
@@ -66,6 +68,7 @@ class ApiContext:
     addresses: Addresses
     fleet_token: str = field(repr=False)
     agent_tls: TlsFiles = field(default_factory=TlsFiles)
+    policy: Policy = field(default_factory=Policy)
 
 
 async def commit_unguarded(store: Store, operations: Sequence[Put | Delete]) -> None:

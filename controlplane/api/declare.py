@@ -5,7 +5,6 @@ request_id finds the records, changes nothing but the keys, and answers with fre
 ones are stored as hashes and cannot be shown again.
 """
 
-import asyncio
 import hashlib
 import secrets
 import uuid
@@ -17,17 +16,16 @@ from millrace.state.v1 import records_pb2
 
 from controlplane.api import validation
 from controlplane.api.context import TRANSACTION_OPERATIONS_MAX, ApiContext, commit_unguarded
+from controlplane.api.fitting import size_all
 from controlplane.api.keyring import NewKey, keys_of, new_key
 from controlplane.api.view import DeploymentId
 from core.clock import to_timestamp
-from core.errors import AlreadyExists, Conflict, InvalidArgument, MillraceError
+from core.errors import AlreadyExists, Conflict, InvalidArgument
 from core.store import keys
 from core.store.types import Compare, Delete, KeyValue, Operation, Put
 
 _NAMESPACE_ALPHABET = "abcdefghijklmnopqrstuvwxyz234567"
 _NAMESPACE_RANDOM = 8
-# Models are read from disk, or from a hub that may be slow: a few at once.
-_SIZED_AT_ONCE = 16
 
 _Request = scheduler_service_pb2.DeclareDeploymentsRequest
 _Response = scheduler_service_pb2.DeclareDeploymentsResponse
@@ -55,7 +53,7 @@ class Declarer:
         known = await self._declared_before(request, specs, identities)
         if known is not None:
             return await self._repeat(request, known)
-        sizings = await self._size_all(specs)
+        sizings = await size_all(self._context, specs, namespace)
         records = self._records(request, specs, sizings, identities)
         if request.validate_only:
             return self._answer(namespace, [(record, 0) for record in records], None)
@@ -112,30 +110,6 @@ class Declarer:
             if item is not None:
                 raise _already_exists(identities[index], index)
         return None
-
-    async def _size_all(self, specs: Sequence[deployment_pb2.DeploymentSpec]) -> list[sizing_pb2.Sizing]:
-        """Sizes every model and reports everything that is wrong at once."""
-        limit = asyncio.Semaphore(_SIZED_AT_ONCE)
-
-        async def one(index: int) -> sizing_pb2.Sizing | MillraceError:
-            async with limit:
-                try:
-                    return await self._context.sizer.size(specs[index], f"models[{index}].")
-                except MillraceError as error:
-                    return error
-
-        outcomes = await asyncio.gather(*(one(index) for index in range(len(specs))))
-        wrong = [each for each in outcomes if isinstance(each, InvalidArgument)]
-        if len(wrong) > 1:
-            raise InvalidArgument(
-                [violation for error in wrong for violation in error.violations], reason=wrong[0].reason
-            )
-        if wrong:
-            raise wrong[0]
-        for outcome in outcomes:
-            if isinstance(outcome, MillraceError):
-                raise outcome
-        return [each for each in outcomes if isinstance(each, sizing_pb2.Sizing)]
 
     def _records(
         self,

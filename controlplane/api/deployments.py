@@ -6,7 +6,7 @@ refused instead. The spec is changed by users only, and only here.
 """
 
 from collections.abc import Awaitable, Callable
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 from google.protobuf.field_mask_pb2 import FieldMask
 from millrace.core.v1 import deployment_pb2, types_pb2
@@ -15,6 +15,7 @@ from millrace.state.v1 import records_pb2
 
 from controlplane.api import limits, validation
 from controlplane.api.context import TRANSACTION_OPERATIONS_MAX, ApiContext, commit_unguarded
+from controlplane.api.fitting import check_fitting, size_one
 from controlplane.api.idempotency import Answer
 from controlplane.api.keyring import keys_of
 from controlplane.api.paging import Position, position_of
@@ -23,6 +24,10 @@ from core.clock import to_timestamp
 from core.errors import Conflict, InvalidArgument, OutOfRange
 from core.store import keys
 from core.store.types import Compacted, Compare, Delete, KeyValue, Page, Put, Store
+
+POLICY_FIELDS: tuple[Literal["replicas", "priority", "placement", "rollout", "autoscale", "routing"], ...]
+POLICY_FIELDS = ("replicas", "priority", "placement", "rollout", "autoscale", "routing")
+"""Fields that no engine is started with: changing them restarts nothing."""
 
 SPEC_FIELDS = tuple(field.name for field in deployment_pb2.DeploymentSpec.DESCRIPTOR.fields)
 
@@ -222,9 +227,11 @@ class Deployments:
         record.spec.CopyFrom(spec)
         record.generation += 1
         record.update_time.CopyFrom(to_timestamp(self._context.clock.now()))
-        if _needs_new_engines(before.spec, spec):
-            record.sizing.CopyFrom(await self._context.sizer.size(spec, prefix))
+        if needs_new_engines(before.spec, spec):
+            record.sizing.CopyFrom(await size_one(self._context, spec, before.namespace, prefix))
             record.launch_generation += 1
+        else:
+            check_fitting(self._context, spec, before, prefix)
         return record
 
     async def _read(self, namespace: str, name: str, etag: str) -> KeyValue:
@@ -313,21 +320,20 @@ def _masked(
     return changed
 
 
-def _needs_new_engines(before: deployment_pb2.DeploymentSpec, after: deployment_pb2.DeploymentSpec) -> bool:
-    """Tells whether anything but the number of replicas differs."""
+def needs_new_engines(before: deployment_pb2.DeploymentSpec, after: deployment_pb2.DeploymentSpec) -> bool:
+    """Tells whether anything differs that an engine is started with."""
     old, new = deployment_pb2.DeploymentSpec(), deployment_pb2.DeploymentSpec()
     old.CopyFrom(before)
     new.CopyFrom(after)
-    old.ClearField("replicas")
-    new.ClearField("replicas")
+    for field in POLICY_FIELDS:
+        old.ClearField(field)
+        new.ClearField(field)
     return old != new
 
 
 def _difference(
     before: deployment_pb2.DeploymentSpec, after: deployment_pb2.DeploymentSpec, generation: int
 ) -> str:
-    if before.replicas != after.replicas and not _needs_new_engines(before, after):
-        return f"scaled from {before.replicas} to {after.replicas} replica(s), generation {generation}"
     changed = [
         name
         for name in SPEC_FIELDS
@@ -338,6 +344,8 @@ def _difference(
             and before.HasField(name) != after.HasField(name)  # type: ignore[arg-type]  # a name of the descriptor
         )
     ]
+    if changed == ["replicas"]:
+        return f"scaled from {before.replicas} to {after.replicas} replica(s), generation {generation}"
     return f"changed {', '.join(changed)}, generation {generation}"
 
 

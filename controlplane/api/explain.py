@@ -7,9 +7,23 @@ present state. Nothing is decided here.
 from millrace.scheduler.v1 import scheduler_service_pb2 as messages
 
 from controlplane.api.context import ApiContext
+from controlplane.api.view import ClusterView
 from controlplane.reconciler.snapshot import build_snapshot
 from controlplane.reconciler.view import View
 from controlplane.scheduler import explain_deployment
+
+
+def view_of(known: ClusterView) -> View:
+    """The records that the API knows, as the scheduler's snapshot is made of them."""
+    return View(
+        deployments=known.deployments.items,
+        node_specs=known.nodes.items,
+        conclusions=known.plans.items,
+        assignments=known.assignments.items,
+        nodes=known.machines.items,
+        observations=known.observations.items,
+        namespaces=known.namespaces.items,
+    )
 
 
 def explain(
@@ -22,16 +36,7 @@ def explain(
     """
     known = context.view
     record = known.record(request.namespace, request.name)
-    snapshot = build_snapshot(
-        View(
-            deployments=known.deployments.items,
-            node_specs=known.nodes.items,
-            conclusions=known.plans.items,
-            assignments=known.assignments.items,
-            nodes=known.machines.items,
-            observations=known.observations.items,
-        )
-    )
+    snapshot = build_snapshot(view_of(known))
     explanation = explain_deployment(snapshot, f"{request.namespace}/{request.name}")
     assert explanation is not None, "the snapshot was made of the same records"
     return messages.ExplainDeploymentResponse(

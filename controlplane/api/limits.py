@@ -12,6 +12,15 @@ NAME_LENGTH_MAX = 63
 MODEL_LENGTH_MAX = 4096
 """Longest path of Linux."""
 
+PRIORITY_MIN, PRIORITY_MAX = 1, 10
+"""Least and greatest importance of a deployment."""
+
+PLACEMENT_ENTRIES_MAX = 32
+"""Labels, tolerations or taints of one object; nobody tells machines apart by more."""
+
+LABEL_LENGTH_MAX = 63
+"""Of a label's name and of its value, as in Kubernetes; a prefix in front may be a DNS name."""
+
 REPLICAS_MAX = 1000
 """Far beyond what one deployment needs; a larger number is a typing mistake."""
 

@@ -15,10 +15,13 @@ from controlplane.api import limits, validation
 from controlplane.api.context import ApiContext
 from controlplane.api.deployments import check_etag, next_token, read_page
 from controlplane.api.paging import position_of
+from controlplane.api.placement import check_labels, check_taints
 from controlplane.api.view import node_not_found
 from core.errors import Conflict
 from core.store import keys
 from core.store.types import Compare, Put
+
+_CHANGEABLE = frozenset({"labels", "taints"})
 
 
 class Nodes:
@@ -97,9 +100,41 @@ class Nodes:
         _check_request_id(request.request_id)
         return await self._context.memory.once(request.request_id, request, call)
 
+    async def update(self, request: messages.UpdateNodeRequest) -> messages.UpdateNodeResponse:
+        """Replaces an operator's labels or taints of a node.
+
+        Raises:
+            InvalidArgument: A label, a taint or the mask is wrong.
+            NotFound: No agent has reported it.
+            Conflict: The etag is not the current one.
+        """
+        given = tuple(field.name for field, _ in request.spec.ListFields())
+        paths = tuple(request.update_mask.paths) or given
+        violations = validation.Violations()
+        for path in paths:
+            if path not in _CHANGEABLE:
+                violations.add("update_mask", f"`{path[:80]}` cannot be changed here; use labels, taints")
+        check_labels(request.spec.labels, "spec.labels", violations.add)
+        check_taints(request.spec.taints, "spec.taints", violations.add)
+        validation.check_request_id(request.request_id, violations)
+        violations.raise_if_any()
+
+        def change(spec: node_pb2.NodeSpec) -> None:
+            if "labels" in paths:
+                spec.ClearField("labels")
+                spec.labels.update(request.spec.labels)
+            if "taints" in paths:
+                spec.ClearField("taints")
+                spec.taints.extend(request.spec.taints)
+
+        async def call() -> messages.UpdateNodeResponse:
+            return messages.UpdateNodeResponse(node=await self._change(request, change))
+
+        return await self._context.memory.once(request.request_id, request, call)
+
     async def _change(
         self,
-        request: messages.CordonNodeRequest | messages.DrainNodeRequest,
+        request: messages.CordonNodeRequest | messages.DrainNodeRequest | messages.UpdateNodeRequest,
         change: Callable[[node_pb2.NodeSpec], None],
     ) -> node_pb2.Node:
         context, name = self._context, request.name
@@ -122,7 +157,7 @@ class Nodes:
             )
             if not commit.succeeded:
                 continue
-            self._announce(name, record.spec)
+            self._announce(name, records_pb2.NodeRecord.FromString(before).spec, record.spec)
             await context.view.wait_for_node_write(commit.revision)
             return _with_spec(context.view.node(machine), record.spec, commit.revision)
         raise Conflict(
@@ -130,9 +165,13 @@ class Nodes:
             metadata={"node": name},
         )
 
-    def _announce(self, name: str, spec: node_pb2.NodeSpec) -> None:
+    def _announce(self, name: str, before: node_pb2.NodeSpec, spec: node_pb2.NodeSpec) -> None:
         reason, message = "NodeUncordoned", "takes replicas again"
-        if spec.draining:
+        if (before.cordoned, before.draining) == (spec.cordoned, spec.draining):
+            taints = ", ".join(sorted(f"{each.key}={each.value}" for each in spec.taints)) or "none"
+            labels = ", ".join(f"{key}={value}" for key, value in sorted(spec.labels.items())) or "none"
+            reason, message = "NodeChanged", f"labels: {labels}; taints: {taints}"
+        elif spec.draining:
             reason, message = "NodeDraining", "takes no replicas; those that it has are moved away"
         elif spec.cordoned:
             reason, message = "NodeCordoned", "takes no new replicas"

@@ -25,6 +25,8 @@ SCHEDULER_POLICY: dict[str, Role] = {
     _SCHEDULER + "GetNode": Role.VIEWER,
     _SCHEDULER + "CordonNode": Role.OPERATOR,
     _SCHEDULER + "DrainNode": Role.OPERATOR,
+    _SCHEDULER + "UpdateNode": Role.OPERATOR,
+    _SCHEDULER + "PlanDeployments": Role.VIEWER,
 }
 
 FLEET_POLICY: dict[str, Role] = {

@@ -20,6 +20,7 @@ from controlplane.api.deployments import Deployments
 from controlplane.api.explain import explain
 from controlplane.api.logs import Logs
 from controlplane.api.nodes import Nodes
+from controlplane.api.plan import plan_deployments
 from controlplane.api.watches import Watches
 
 SERVICE_NAME = messages.DESCRIPTOR.services_by_name["SchedulerService"].full_name
@@ -123,3 +124,15 @@ class SchedulerServicer(scheduler_service_pb2_grpc.SchedulerServiceServicer):
     async def DrainNode(self, request: messages.DrainNodeRequest, context: Any) -> messages.DrainNodeResponse:
         """Drains a node."""
         return await self._nodes.drain(request)
+
+    async def UpdateNode(
+        self, request: messages.UpdateNodeRequest, context: Any
+    ) -> messages.UpdateNodeResponse:
+        """Changes a node's labels and taints."""
+        return await self._nodes.update(request)
+
+    async def PlanDeployments(
+        self, request: messages.PlanDeploymentsRequest, context: Any
+    ) -> messages.PlanDeploymentsResponse:
+        """Says what a declaration would take, and changes nothing."""
+        return await plan_deployments(self._context, request)

@@ -15,6 +15,7 @@ from millrace.core.v1 import deployment_pb2, types_pb2
 from millrace.scheduler.v1 import scheduler_service_pb2
 
 from controlplane.api import limits
+from controlplane.api.placement import check_placement, check_priority
 from controlplane.convert import (
     EXTERNAL_URLS_ARGUMENT,
     SERVED_MODEL_NAME_ARGUMENT,
@@ -52,6 +53,10 @@ RESERVED_NAMESPACE_PREFIX = "millrace-"
 # The platform gives these to the engine itself: a port of the user's would collide, a key would lock the
 # router out and stand in the process list.
 _PLATFORM_ARGUMENTS = frozenset({"host", "port", "uds", "api_key", "api-key", "model"})
+# One replica over several machines needs agents that start one engine together.
+_SEVERAL_MACHINES = frozenset(
+    {"nnodes", "node_rank", "master_addr", "distributed_executor_backend", "data_parallel_address"}
+)
 _EXTERNAL_ARGUMENTS = frozenset({EXTERNAL_URLS_ARGUMENT, SERVED_MODEL_NAME_ARGUMENT})
 _NAME = re.compile(r"[a-z0-9]([a-z0-9.-]*[a-z0-9])?")
 _LABEL = re.compile(r"[a-z0-9]([a-z0-9-]*[a-z0-9])?")
@@ -147,6 +152,8 @@ def check_spec(spec: deployment_pb2.DeploymentSpec, prefix: str, violations: Vio
             "it out to take the model's own",
         )
     check_replicas(spec, f"{prefix}replicas", violations)
+    check_priority(spec, prefix, violations.add)
+    check_placement(spec, prefix, violations.add)
     _check_extra_args(spec, f"{prefix}extra_args", violations)
 
 
@@ -259,6 +266,10 @@ def _spec_of(model: scheduler_service_pb2.DeclaredModel) -> deployment_pb2.Deplo
         spec.replicas = model.replicas
     if model.HasField("extra_args"):
         spec.extra_args.CopyFrom(model.extra_args)
+    if model.HasField("priority"):
+        spec.priority = model.priority
+    if model.HasField("placement"):
+        spec.placement.CopyFrom(model.placement)
     return spec
 
 
@@ -319,6 +330,14 @@ def _check_extra_args(spec: deployment_pb2.DeploymentSpec, field: str, violation
         return
     for name in sorted(_PLATFORM_ARGUMENTS & arguments.keys()):
         violations.add(f"{field}.{name}", "is set by Millrace itself; leave it out")
+    for name in sorted(_SEVERAL_MACHINES & arguments.keys()):
+        if arguments[name] not in {1, "1", "mp", "uni"}:
+            violations.add(
+                f"{field}.{name}",
+                "spreads one replica over several machines, which node agents cannot start yet: each of them "
+                "starts engines on its own machine alone; leave it out, and choose a quantization or model "
+                "that fits one machine",
+            )
 
 
 def _check_external(arguments: Mapping[str, object], field: str, violations: Violations) -> None:

@@ -9,7 +9,7 @@ import asyncio
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 
-from millrace.core.v1 import deployment_pb2, node_pb2, replica_pb2
+from millrace.core.v1 import deployment_pb2, node_pb2, policy_pb2, replica_pb2
 from millrace.state.v1 import records_pb2
 
 from controlplane.api import limits
@@ -62,6 +62,7 @@ class ClusterView:
         observations: What agents reported of replicas.
         machines: What fleet knows of nodes.
         calibrations: What engines were measured to need.
+        namespaces: What operators want of tenants.
     """
 
     def __init__(self, store: Store, clock: Clock) -> None:
@@ -108,6 +109,13 @@ class ClusterView:
             keys.ACTUAL_CALIBRATIONS,
             records_pb2.CalibrationRecord.FromString,
             name="api-calibrations",
+            clock=clock,
+        )
+        self.namespaces = Mirror(
+            store,
+            keys.SPEC_NAMESPACES,
+            records_pb2.NamespaceRecord.FromString,
+            name="api-namespaces",
             clock=clock,
         )
         self._assigned: defaultdict[DeploymentId, set[str]] = defaultdict(set)
@@ -239,6 +247,11 @@ class ClusterView:
             ),
         )
 
+    def quota(self, namespace: str) -> policy_pb2.Quota:
+        """What a namespace may hold; nothing is set where it is unbounded."""
+        record = self.namespaces.get(keys.spec_namespace(namespace))
+        return record.spec.quota if record is not None else policy_pb2.Quota()
+
     async def wait_for_write(self, revision: int) -> None:
         """Waits until the own view shows a write, so that a caller reads what it wrote.
 
@@ -252,7 +265,7 @@ class ClusterView:
 
     @property
     def _mirrors(self) -> "tuple[Mirror[object], ...]":
-        return (*self._deployment_mirrors, self.nodes, self.machines, self.calibrations)  # type: ignore[arg-type]  # read only here
+        return (*self._deployment_mirrors, self.nodes, self.machines, self.calibrations, self.namespaces)  # type: ignore[arg-type]  # read only here
 
     @property
     def _deployment_mirrors(self) -> "tuple[Mirror[object], ...]":

@@ -5,6 +5,7 @@ from millrace.scheduler.v1 import scheduler_service_pb2 as messages
 
 from controlplane.gateway import render, schema
 from controlplane.gateway.bodies import flag_of, integer_of, query_of
+from controlplane.gateway.placement import planned
 from controlplane.gateway.requests import IDEMPOTENCY_HEADER, answer, body_of, call, etag_of
 
 _ALL = "/v1/deployments"
@@ -19,6 +20,7 @@ def add_routes(app: web.Application) -> None:
     app.router.add_patch(_ONE, _update)
     app.router.add_delete(_ONE, _delete)
     app.router.add_get(_ONE + "/explain", _explain, allow_head=False)
+    app.router.add_post("/v1/plan", _plan)
 
 
 async def _declare(request: web.Request) -> web.StreamResponse:
@@ -30,6 +32,16 @@ async def _declare(request: web.Request) -> web.StreamResponse:
     )
     response = await call(request, "DeclareDeployments", message)
     return answer(render.declaration_answer(response), status=200 if validate_only else 201)
+
+
+async def _plan(request: web.Request) -> web.StreamResponse:
+    body = await body_of(request, schema.PlanBody)
+    declaration = schema.Declaration(models=body.models, namespace=body.namespace)
+    declared = render.declare_request(declaration, request_id="", validate_only=True)
+    message = messages.PlanDeploymentsRequest(models=declared.models, namespace=declared.namespace)
+    response = await call(request, "PlanDeployments", message)
+    found = [planned(each, render.sizing(each.sizing)) for each in response.deployments]
+    return answer(schema.PlanAnswer(deployments=found))
 
 
 async def _list(request: web.Request) -> web.StreamResponse:

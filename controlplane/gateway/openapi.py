@@ -37,9 +37,15 @@ _ANSWERS: tuple[type[BaseModel], ...] = (
     schema.Node,
     schema.NodePage,
     schema.DrainAnswer,
+    schema.PlanAnswer,
     schema.ErrorAnswer,
 )
-_BODIES: tuple[type[BaseModel], ...] = (schema.Declaration, schema.DeploymentChange)
+_BODIES: tuple[type[BaseModel], ...] = (
+    schema.Declaration,
+    schema.DeploymentChange,
+    schema.PlanBody,
+    schema.NodeChange,
+)
 
 
 @cache
@@ -110,6 +116,12 @@ def _paths() -> dict[str, Any]:
                 answer=None, status=101, path=_PATHS_OF_ONE,
             ),
         },
+        "/v1/plan": {
+            "post": _operation(
+                "planDeployments", "What a declaration would take, whom it would pre-empt, and why.",
+                answer=schema.PlanAnswer, body=schema.PlanBody, errors=(400, 401, 403, 413, 503),
+            ),
+        },
         **_node_paths(pages),
         "/health": {"get": _open("health", "200 while serving, 503 while starting.", "application/json")},
         "/metrics": {"get": _open("metrics", "Prometheus metrics.", "text/plain")},
@@ -127,6 +139,14 @@ def _node_paths(pages: list[dict[str, Any]]) -> dict[str, Any]:
         },
         "/v1/nodes/{name}": {
             "get": _operation("getNode", "Get a node.", answer=schema.Node, path=("name",)),
+            "patch": _operation(
+                "updateNode",
+                "Replace the operator's labels or taints.",
+                answer=schema.Node,
+                body=schema.NodeChange,
+                path=("name",),
+                **node_write,
+            ),
         },
         "/v1/nodes/{name}/cordon": {
             "post": _operation(

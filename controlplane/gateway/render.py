@@ -14,6 +14,8 @@ from millrace.scheduler.v1 import scheduler_service_pb2 as messages
 from controlplane.api.validation import ENGINE_NAMES, QUANTIZATION_NAMES
 from controlplane.convert import dict_to_struct, struct_to_dict
 from controlplane.gateway import schema
+from controlplane.gateway.placement import placement, placement_message, taints
+from controlplane.scheduler.structs import PRIORITY_DEFAULT
 from core.clock import from_timestamp
 
 _ENGINES = {name: number for number, name in ENGINE_NAMES.items()}
@@ -42,6 +44,10 @@ def declare_request(
             entry.replicas = model.replicas
         if model.extra_args:
             entry.extra_args.CopyFrom(dict_to_struct(model.extra_args))
+        if model.priority is not None:
+            entry.priority = model.priority
+        if model.placement is not None:
+            entry.placement.CopyFrom(placement_message(model.placement))
     return request
 
 
@@ -66,6 +72,10 @@ def update_request(
         spec.replicas = change.replicas
     if change.extra_args is not None:
         spec.extra_args.CopyFrom(dict_to_struct(change.extra_args))
+    if change.priority is not None:
+        spec.priority = change.priority
+    if change.placement is not None:
+        spec.placement.CopyFrom(placement_message(change.placement))
     return request
 
 
@@ -106,6 +116,8 @@ def deployment(resource: deployment_pb2.Deployment) -> schema.Deployment:
         max_model_len=spec.max_model_len if spec.HasField("max_model_len") else None,
         replicas=spec.replicas if spec.HasField("replicas") else 1,
         extra_args=struct_to_dict(spec.extra_args),
+        priority=spec.priority if spec.HasField("priority") else PRIORITY_DEFAULT,
+        placement=placement(spec.placement) if spec.HasField("placement") else None,
         status=phase_name(status.phase),
         reconciling=status.reconciling,
         observed_generation=status.observed_generation,
@@ -170,6 +182,7 @@ def node(resource: node_pb2.Node) -> schema.Node:
         cordoned=resource.spec.cordoned,
         draining=resource.spec.draining,
         labels={**inventory.labels, **resource.spec.labels},
+        taints=taints(resource.spec.taints),
         state=_word(types_pb2.NodeState, status.state, "NODE_STATE_"),
         transition_time=moment(status.transition_time),
         heartbeat_time=moment(status.heartbeat_time),

@@ -21,6 +21,7 @@ PhaseName = Literal[
 
 MaxModelLen = Annotated[int, Field(ge=1, le=limits.MAX_MODEL_LEN_MAX)]
 Replicas = Annotated[int, Field(ge=0, le=limits.REPLICAS_MAX)]
+Priority = Annotated[int, Field(ge=limits.PRIORITY_MIN, le=limits.PRIORITY_MAX)]
 
 
 class _Body(BaseModel):
@@ -37,6 +38,38 @@ class _Answer(BaseModel):
     """What surrounds resources: camelCase, as `apiKey` and `pageToken`."""
 
     model_config = ConfigDict(alias_generator=to_camel, populate_by_name=True)
+
+
+class Toleration(_Body):
+    """A taint that does not keep replicas away."""
+
+    key: str = Field(description="Key of the taint.")
+    value: str = Field(default="", description="Its value; empty tolerates every value.")
+
+
+class DevicePin(_Body):
+    """Devices of one replica, chosen by hand."""
+
+    node: str = Field(description="Node.")
+    device_ids: list[str] = Field(min_length=1, description="Devices of that node.")
+
+
+class Placement(_Body):
+    """Where replicas may run."""
+
+    node_selector: dict[str, str] = Field(
+        default_factory=dict, description="Labels that a node must carry, all of them."
+    )
+    tolerations: list[Toleration] = Field(
+        default_factory=list,
+        max_length=limits.PLACEMENT_ENTRIES_MAX,
+        description="Taints that do not keep replicas away.",
+    )
+    device_pins: list[DevicePin] = Field(
+        default_factory=list,
+        max_length=limits.REPLICAS_MAX,
+        description="Devices chosen by hand, one entry a replica; replicas beyond them are placed freely.",
+    )
 
 
 class DeclaredModel(_Body):
@@ -62,6 +95,11 @@ class DeclaredModel(_Body):
         default_factory=dict,
         description="Engine arguments by name; they override anything that was worked out.",
     )
+    priority: Priority | None = Field(
+        default=None,
+        description="1 (least) to 10; by default 5. A higher one may pre-empt replicas of a lower one.",
+    )
+    placement: Placement | None = Field(default=None, description="Where replicas may run.")
 
 
 class Declaration(_Body):
@@ -85,6 +123,8 @@ class DeploymentChange(_Body):
     max_model_len: MaxModelLen | None = Field(default=None, description="Context length in tokens.")
     replicas: Replicas | None = Field(default=None, description="Replicas; 0 stops the deployment.")
     extra_args: dict[str, Any] | None = Field(default=None, description="Engine arguments by name.")
+    priority: Priority | None = Field(default=None, description="1 to 10; restarts no engine.")
+    placement: Placement | None = Field(default=None, description="Where replicas may run.")
 
 
 class SizingTerm(_Resource):
@@ -202,6 +242,8 @@ class Deployment(_Resource):
     max_model_len: int | None
     replicas: int
     extra_args: dict[str, Any]
+    priority: int
+    placement: Placement | None
     status: PhaseName
     reconciling: bool
     observed_generation: int
@@ -211,6 +253,50 @@ class Deployment(_Resource):
     replica_states: list[Replica]
     last_failure: Failure | None
     sizing: Sizing | None
+
+
+class PlanBody(_Body):
+    """A declaration that is only thought through."""
+
+    models: list[DeclaredModel] = Field(
+        min_length=1, max_length=limits.MODELS_PER_DECLARATION_MAX, description="One entry a model."
+    )
+    namespace: str | None = Field(
+        default=None, description="Tenant; one without deployments or quota where absent."
+    )
+
+
+class ClaimedDevice(_Resource):
+    """A part of a device."""
+
+    device_id: str
+    memory_bytes: int
+
+
+class PlannedReplica(_Resource):
+    """A replica that would be started."""
+
+    node: str
+    devices: list[ClaimedDevice]
+    message: str
+    preempts: list[str]
+
+
+class PlannedDeployment(_Resource):
+    """What one entry would take."""
+
+    name: str
+    exists: bool
+    sizing: Sizing
+    replicas: list[PlannedReplica]
+    pending_replicas: int
+    message: str
+
+
+class PlanAnswer(_Answer):
+    """What a declaration would take, in the order of the request; nothing was changed."""
+
+    deployments: list[PlannedDeployment]
 
 
 class DeploymentPage(_Answer):
@@ -259,6 +345,25 @@ class EngineEnvironment(_Resource):
     unavailable_reason: str
 
 
+class Taint(_Body):
+    """Keeps replicas that do not tolerate it off a node."""
+
+    key: str = Field(description="Key, as a label's.")
+    value: str = Field(default="", description="Value; may be empty.")
+    effect: Literal["no_schedule", "no_execute"] = Field(
+        default="no_schedule", description="Nothing new is placed; `no_execute` also moves what runs away."
+    )
+
+
+class NodeChange(_Body):
+    """What operators change of a node; what is named is replaced whole."""
+
+    labels: dict[str, str] | None = Field(default=None, description="Operator's labels.")
+    taints: list[Taint] | None = Field(
+        default=None, max_length=limits.PLACEMENT_ENTRIES_MAX, description="Taints."
+    )
+
+
 class Node(_Resource):
     """A machine."""
 
@@ -267,6 +372,7 @@ class Node(_Resource):
     cordoned: bool
     draining: bool
     labels: dict[str, str]
+    taints: list[Taint]
     state: str
     transition_time: str | None
     heartbeat_time: str | None

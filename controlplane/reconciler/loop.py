@@ -17,10 +17,11 @@ import structlog
 from prometheus_client import Counter, Gauge, Histogram
 
 from controlplane.events import SYSTEM_NAMESPACE, EventSink
-from controlplane.reconciler.snapshot import build_snapshot
+from controlplane.knowledge.environments import Environments
+from controlplane.reconciler.snapshot import follow
 from controlplane.reconciler.translate import Transaction, translate
 from controlplane.reconciler.view import ClusterView
-from controlplane.scheduler import Plan, Policy, plan
+from controlplane.scheduler import Plan, Planner, Policy
 from core.backoff import Backoff, BackoffPolicy
 from core.clock import Clock
 from core.store import Compare, Store, StoreError
@@ -62,6 +63,7 @@ _pending = Gauge("millrace_reconciler_pending_replicas", "Replicas that are want
 _BUCKETS = {
     "Scheduled": "place",
     "Draining": "drain",
+    "Preempted": "drain",
     "Removed": "remove",
     "ReplicaFailed": "remove",
     "ReplicaLost": "remove",
@@ -126,6 +128,7 @@ class Reconciler:
         *,
         drain_seconds: float = 30.0,
         settings: ReconcilerSettings | None = None,
+        environments: Environments | None = None,
     ) -> None:
         settings = settings or ReconcilerSettings(drain_seconds=drain_seconds)
         self.rounds = 0
@@ -134,9 +137,12 @@ class Reconciler:
         self._clock = clock
         self._leadership = leadership
         self._events = events
+        self._environments = environments or Environments()
         self._policy = settings.effective_policy()
         self._frozen = ""
         self._wake = asyncio.Event()
+        self._planner = Planner(self._policy)
+        self._unsettled: set[str] = set()
 
     async def run(self) -> None:
         """Campaigns and leads, for ever; gives the lead back when it is cancelled.
@@ -175,6 +181,7 @@ class Reconciler:
         """
         self._wake = asyncio.Event()
         cluster = ClusterView(self._store, self._clock)
+        self._planner, self._unsettled = Planner(self._policy), set()
         cluster.subscribe(self._wake.set)
         mirrors = asyncio.create_task(cluster.run(), name="reconciler-mirrors")
         sentinel = asyncio.create_task(self._wake_when_lost(), name="reconciler-lead-lost")
@@ -205,6 +212,9 @@ class Reconciler:
             except Exception:  # noqa: BLE001 - one odd record must not take the whole control plane down
                 _rounds_failed.labels(cause="bug").inc()
                 _log.exception("round failed")
+                # Half of the changes may have been taken in: everything is read again.
+                self._planner = Planner(self._policy)
+                cluster.forget_changes()
                 await self._clock.sleep(broken.failed())
                 continue
             finally:
@@ -224,11 +234,24 @@ class Reconciler:
         """
         started = self._clock.monotonic()
         now = self._clock.now()
+        changed = cluster.take_changes()
         view = cluster.take()
-        made = plan(build_snapshot(view), now, new_replica_id, self._policy)
+        planner = self._planner
+        touched = follow(planner.books, view, changed) | self._unsettled
+        planner.look_again(self._unsettled)
+        made = planner.plan(now, new_replica_id)
         self._tell_frozen(made.frozen)
-        _pending.set(sum(each.pending for each in made.conclusions))
-        transactions = translate(made, view, now=now, fencing_token=fencing_token)
+        _pending.set(sum(each.pending for each in planner.conclusions.values()))
+        transactions = translate(
+            made,
+            view,
+            now=now,
+            fencing_token=fencing_token,
+            touched=touched,
+            environments=self._environments,
+        )
+        # Whatever is not committed below has to be looked at again.
+        self._unsettled = {each.deployment for each in transactions}
         settled = await self._commit(cluster, transactions)
         if transactions:
             _loop_seconds.observe(self._clock.monotonic() - started)
@@ -241,7 +264,7 @@ class Reconciler:
 
     async def _commit(self, cluster: ClusterView, transactions: list[Transaction]) -> bool:
         """Commits each transaction, then waits until all of it is visible; False after a conflict."""
-        settled, revision, written = True, 0, list[str]()
+        settled, written, refused = True, dict[str, int](), set[str]()
         for transaction in transactions:
             if self._leadership.lost.is_set():
                 return False
@@ -252,12 +275,13 @@ class Reconciler:
             if not outcome.succeeded:
                 _conflicts.inc()
                 settled = False
+                refused.add(transaction.deployment)
                 continue
-            revision = outcome.revision
-            written += [operation.key for operation in transaction.operations]
+            written.update({operation.key: outcome.revision for operation in transaction.operations})
             self._announce(transaction)
+        self._unsettled = refused
         if written:
-            await cluster.wait_for(written, revision, ECHO_SECONDS)
+            await cluster.wait_for(written, ECHO_SECONDS)
         return settled
 
     def _announce(self, transaction: Transaction) -> None:

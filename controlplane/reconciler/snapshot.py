@@ -1,12 +1,13 @@
-"""From the records of a moment to the scheduler's snapshot. Pure.
+"""From the records of a moment to the scheduler's values. Pure.
 
-Protobuf ends here: the scheduler sees frozen values only.
+Protobuf ends here: the scheduler sees frozen values only. `build_snapshot` converts everything; `follow`
+converts what has changed, into books that are kept, and leads to the same.
 """
 
 from collections.abc import Iterable
 from datetime import UTC, datetime
 
-from millrace.core.v1 import replica_pb2, types_pb2
+from millrace.core.v1 import policy_pb2, replica_pb2, types_pb2
 from millrace.state.v1 import records_pb2
 
 from controlplane.convert import desired_replicas, external_urls
@@ -19,12 +20,20 @@ from controlplane.scheduler import (
     Failure,
     Need,
     NodeView,
+    Pin,
+    Preemption,
+    Quota,
     ReplicaView,
+    Reservation,
     Snapshot,
+    Taint,
+    Toleration,
 )
+from controlplane.scheduler.books import Books
+from controlplane.scheduler.structs import PRIORITY_DEFAULT
 from controlplane.status import replica_state
 from core.clock import from_timestamp
-from core.states import DeviceKind, Engine, NodeState, ReplicaState
+from core.states import DeviceKind, Engine, NodeState, ReplicaState, TaintEffect
 from core.store import keys
 
 _EPOCH = datetime.fromtimestamp(0, UTC)
@@ -37,42 +46,157 @@ _REPLICA_STATES = sorted(ReplicaState)
 def build_snapshot(view: View) -> Snapshot:
     """Converts the records; what does not belong to the present deployment of a name is left to rules."""
     deployments: dict[str, DeploymentView] = {}
-    for key, record in view.deployments.items():
+    for key in view.deployments:
         name = key.removeprefix(keys.SPEC_DEPLOYMENTS)
-        concluded = view.conclusions.get(keys.PLAN_DEPLOYMENTS + name)
-        if concluded is not None and concluded.deployment_uid != record.uid:
-            concluded = None
-        deployments[name] = _deployment(name, record, concluded)
+        found = deployment_view(view, name)
+        if found is not None:
+            deployments[name] = found
     nodes: dict[str, NodeView] = {}
-    for key, node_record in view.nodes.items():
+    for key in view.nodes:
         name = key.removeprefix(keys.ACTUAL_NODES)
-        nodes[name] = _node(name, node_record, view.node_specs.get(keys.SPEC_NODES + name))
+        node = _node_view(view, name)
+        if node is not None:
+            nodes[name] = node
     replicas: dict[str, ReplicaView] = {}
-    for key, assignment in view.assignments.items():
-        observed = view.observations.get(keys.ACTUAL_REPLICAS + key.removeprefix(keys.PLAN_REPLICAS))
-        replicas[assignment.replica] = _replica(assignment, observed)
-    return Snapshot(deployments=deployments, nodes=nodes, replicas=replicas)
+    for key in view.assignments:
+        replica = _replica_view(view, key.removeprefix(keys.PLAN_REPLICAS))
+        if replica is not None:
+            replicas[replica.replica] = replica
+    quotas: dict[str, Quota] = {}
+    for key in view.namespaces:
+        namespace = key.removeprefix(keys.SPEC_NAMESPACES)
+        quota = _quota_view(view, namespace)
+        if quota is not None:
+            quotas[namespace] = quota
+    return Snapshot(deployments=deployments, nodes=nodes, replicas=replicas, quotas=quotas)
 
 
-def _deployment(
+def follow(books: Books, view: View, changed: Iterable[str]) -> set[str]:
+    """Brings books up to date.
+
+    Args:
+        books: The scheduler's.
+        view: The records of this moment.
+        changed: Keys that have changed since the books were last brought up to date.
+
+    Returns:
+        Deployments of which a record has changed, as `namespace/name`.
+    """
+    touched: set[str] = set()
+    for key in changed:
+        if name := _below(key, keys.SPEC_DEPLOYMENTS, keys.PLAN_DEPLOYMENTS):
+            books.set_deployment(name, deployment_view(view, name))
+            touched.add(name)
+        elif path := _below(key, keys.PLAN_REPLICAS, keys.ACTUAL_REPLICAS):
+            owner, _, replica = path.rpartition("/")
+            books.set_replica(replica, _replica_view(view, path))
+            touched.add(owner)
+        elif path := _below(key, keys.SERVE_ENDPOINTS):
+            touched.add(path.rpartition("/")[0])
+        elif node := _below(key, keys.SPEC_NODES, keys.ACTUAL_NODES):
+            books.set_node(node, _node_view(view, node))
+        elif namespace := _below(key, keys.SPEC_NAMESPACES):
+            books.set_quota(namespace, _quota_view(view, namespace))
+    return touched
+
+
+def _below(key: str, *prefixes: str) -> str:
+    """What follows one of the prefixes; empty where the key is under none."""
+    return next((key.removeprefix(prefix) for prefix in prefixes if key.startswith(prefix)), "")
+
+
+def deployment_view(view: View, name: str) -> DeploymentView | None:
+    """A deployment as the scheduler sees it; None where there is none."""
+    record = view.deployments.get(keys.SPEC_DEPLOYMENTS + name)
+    if record is None:
+        return None
+    concluded = view.conclusions.get(keys.PLAN_DEPLOYMENTS + name)
+    if concluded is not None and concluded.deployment_uid != record.uid:
+        concluded = None
+    return convert_deployment(name, record, concluded)
+
+
+def _node_view(view: View, name: str) -> NodeView | None:
+    record = view.nodes.get(keys.ACTUAL_NODES + name)
+    return None if record is None else _node(name, record, view.node_specs.get(keys.SPEC_NODES + name))
+
+
+def _replica_view(view: View, path: str) -> ReplicaView | None:
+    assignment = view.assignments.get(keys.PLAN_REPLICAS + path)
+    observed = view.observations.get(keys.ACTUAL_REPLICAS + path)
+    return None if assignment is None else _replica(assignment, observed)
+
+
+def _quota_view(view: View, namespace: str) -> Quota | None:
+    record = view.namespaces.get(keys.SPEC_NAMESPACES + namespace)
+    if record is None or not record.spec.HasField("quota"):
+        return None
+    quota = record.spec.quota
+    return Quota(
+        devices=quota.devices if quota.HasField("devices") else None,
+        replicas=quota.replicas if quota.HasField("replicas") else None,
+    )
+
+
+def convert_deployment(
     name: str, record: records_pb2.DeploymentRecord, concluded: records_pb2.DeploymentPlanRecord | None
 ) -> DeploymentView:
-    sizing = record.sizing
+    """Converts a deployment's records.
+
+    Args:
+        name: `namespace/name`.
+        record: What the user wants.
+        concluded: What was concluded about this very deployment before.
+    """
     return DeploymentView(
         key=name,
         uid=record.uid,
         generation=record.generation,
         launch_generation=record.launch_generation,
         desired=desired_replicas(record.spec),
-        need=Need(
-            engine=_ENGINES.get(record.spec.engine, Engine.UNSPECIFIED),
-            device_kinds=_kinds(sizing.device_kinds),
-            device_count=sizing.device_count,
-            memory_bytes=sizing.total_bytes,
-        ),
+        need=_need(record),
         external_urls=external_urls(record.spec),
         failure=_failure(concluded),
         observed_generation=concluded.observed_generation if concluded is not None else 0,
+        priority=record.spec.priority if record.spec.HasField("priority") else PRIORITY_DEFAULT,
+        pins=tuple(Pin(each.node, tuple(each.device_ids)) for each in record.spec.placement.device_pins),
+        reservations=tuple(_reservation(each) for each in concluded.reservations) if concluded else (),
+        preemption=_preemption(concluded),
+    )
+
+
+def _need(record: records_pb2.DeploymentRecord) -> Need:
+    spec, sizing = record.spec, record.sizing
+    return Need(
+        engine=_ENGINES.get(spec.engine, Engine.UNSPECIFIED),
+        device_kinds=_kinds(sizing.device_kinds),
+        device_count=sizing.device_count,
+        memory_bytes=sizing.total_bytes,
+        model=sizing.launch_model or spec.model,
+        node_selector=tuple(sorted(spec.placement.node_selector.items())),
+        tolerations=tuple(Toleration(each.key, each.value) for each in spec.placement.tolerations),
+    )
+
+
+def _reservation(kept: records_pb2.RoomReservation) -> Reservation:
+    return Reservation(
+        node=kept.node,
+        claims=tuple(Claim(each.device_id, each.memory_bytes) for each in kept.devices),
+        victims=tuple(kept.victims),
+        deadline=from_timestamp(kept.deadline_time) or _EPOCH,
+    )
+
+
+def _preemption(concluded: records_pb2.DeploymentPlanRecord | None) -> Preemption | None:
+    if concluded is None or not concluded.HasField("preemption"):
+        return None
+    lost = concluded.preemption
+    return Preemption(
+        by=lost.deployment,
+        by_priority=lost.priority,
+        replica=lost.replica,
+        node=lost.node,
+        time=from_timestamp(lost.time) or _EPOCH,
     )
 
 
@@ -108,7 +232,24 @@ def _node(
             for each in record.inventory.engines
             if each.engine in _ENGINES
         ),
+        # What operators say of a machine counts more than what it says of itself.
+        labels=frozenset({**record.inventory.labels, **(wanted.spec.labels if wanted else {})}.items()),
+        taints=tuple(_taint(each) for each in wanted.spec.taints) if wanted is not None else (),
+        cached_models=frozenset(record.inventory.cached_models),
+        heat=_heat(record),
     )
+
+
+def _taint(taint: policy_pb2.Taint) -> Taint:
+    drives_out = taint.effect == types_pb2.TAINT_EFFECT_NO_EXECUTE
+    effect = TaintEffect.NO_EXECUTE if drives_out else TaintEffect.NO_SCHEDULE
+    return Taint(taint.key, taint.value, effect)
+
+
+def _heat(record: records_pb2.NodeObservationRecord) -> float | None:
+    """Mean utilisation of the devices whose utilisation is known; None where none is."""
+    known = [each.utilization_ratio for each in record.devices if each.HasField("utilization_ratio")]
+    return sum(known) / len(known) if known else None
 
 
 def _replica(
@@ -132,6 +273,7 @@ def _replica(
         ready_time=from_timestamp(observed.ready_time) if observed is not None else None,
         drain_deadline=from_timestamp(assignment.drain_deadline_time) if draining else None,
         message=observed.message if observed is not None else "",
+        preempted_by=assignment.preempted_by,
     )
 
 

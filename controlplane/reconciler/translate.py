@@ -15,17 +15,21 @@ from millrace.core.v1 import deployment_pb2, endpoint_pb2, replica_pb2, types_pb
 from millrace.state.v1 import records_pb2
 
 from controlplane.convert import served_model_name
+from controlplane.knowledge.environments import Environments
 from controlplane.reconciler.endpoints import endpoints
-from controlplane.reconciler.view import View
+from controlplane.reconciler.view import Grouped, View
 from controlplane.scheduler import Conclusion, Condition, Drain, Place, Plan, Remove, Truth
-from controlplane.scheduler.conclude import UNSCHEDULABLE
+from controlplane.scheduler.conclude import UNPLACED
 from controlplane.status import AVAILABLE, SCHEDULED
 from core.clock import to_timestamp
+from core.states import DeviceKind, Engine
 from core.store import Compare, Delete, Operation, Put, keys
 
 # Below the store's 128, so that the guards fit beside them.
 OPERATIONS_MAX = 100
 
+_ENGINES = {int(each): each for each in Engine}
+_KINDS = {int(each): each for each in DeviceKind}
 _STATUS = {
     Truth.TRUE: types_pb2.CONDITION_STATUS_TRUE,
     Truth.FALSE: types_pb2.CONDITION_STATUS_FALSE,
@@ -48,12 +52,23 @@ class Notice:
 
 @dataclass(slots=True)
 class Transaction:
-    """Writes that belong together."""
+    """Writes that belong together.
+
+    Attributes:
+        deployment: Whose.
+        operations: What to write.
+        compares: What must hold for it.
+        notices: What to tell afterwards.
+        preempted_by: Deployment for which a replica makes room; empty for none.
+        concludes: True when it writes the deployment's conclusion.
+    """
 
     deployment: str
     operations: list[Operation] = field(default_factory=list)
     compares: list[Compare] = field(default_factory=list)
     notices: list[Notice] = field(default_factory=list)
+    preempted_by: str = ""
+    concludes: bool = False
 
     def write(self, key: str, value: Message, revision: int) -> None:
         """Adds a guarded put."""
@@ -81,8 +96,26 @@ class _Orders:
     remove: dict[str, Remove] = field(default_factory=dict)
 
 
-def translate(plan: Plan, view: View, *, now: datetime, fencing_token: int) -> list[Transaction]:
-    """Turns a plan into transactions; deployments about which nothing changes get none."""
+def translate(
+    plan: Plan,
+    view: View,
+    *,
+    now: datetime,
+    fencing_token: int,
+    touched: Iterable[str] | None = None,
+    environments: Environments | None = None,
+) -> list[Transaction]:
+    """Turns a plan into transactions; deployments about which nothing changes get none.
+
+    Args:
+        plan: What to do.
+        view: The records that it was made from.
+        now: The present.
+        fencing_token: The leader's.
+        touched: Deployments of which a record has changed since they were last translated, beside those
+            that the plan speaks of; all of them where it is None.
+        environments: What engines need on which hardware; nothing where it is None.
+    """
     orders: dict[str, _Orders] = {}
     for place in plan.place:
         orders.setdefault(place.deployment, _Orders()).place.append(place)
@@ -91,33 +124,41 @@ def translate(plan: Plan, view: View, *, now: datetime, fencing_token: int) -> l
     for remove in plan.remove:
         orders.setdefault(remove.deployment, _Orders()).remove[remove.replica] = remove
     conclusions = {each.deployment: each for each in plan.conclusions}
-    assignments = _by_deployment(view.assignments, keys.PLAN_REPLICAS)
-    published = _by_deployment(view.endpoints, keys.SERVE_ENDPOINTS)
-    observations = _by_deployment(view.observations, keys.ACTUAL_REPLICAS)
-    concluded = {key.removeprefix(keys.PLAN_DEPLOYMENTS) for key in view.conclusions}
-    transactions: list[Transaction] = []
-    for name in sorted({*orders, *conclusions, *published, *concluded}):
+    grouped = view.grouped if view.grouped is not None else Grouped(view)
+    if touched is None:
+        concluded = (key.removeprefix(keys.PLAN_DEPLOYMENTS) for key in view.conclusions)
+        touched = {*grouped.names(keys.SERVE_ENDPOINTS), *concluded}
+    evictions: dict[str, list[Transaction]] = {}
+    units: dict[str, list[Transaction]] = {}
+    guards: dict[str, Compare] = {}
+    for name in sorted({*orders, *conclusions, *touched}):
         scribe = _Scribe(
             name=name,
             view=view,
             now=now,
             fencing_token=fencing_token,
             orders=orders.get(name, _Orders()),
-            assignments=assignments.get(name, {}),
-            observations=observations.get(name, {}),
-            published=published.get(name, {}),
+            assignments=grouped.of(keys.PLAN_REPLICAS, name),
+            observations=grouped.of(keys.ACTUAL_REPLICAS, name),
+            published=grouped.of(keys.SERVE_ENDPOINTS, name),
+            environments=environments or Environments(),
         )
-        transactions += _packed(name, scribe.units(conclusions.get(name)), scribe.spec_guard())
+        guards[name] = scribe.spec_guard()
+        for unit in scribe.units(conclusions.get(name)):
+            if unit.preempted_by:
+                unit.compares.append(guards[name])
+                evictions.setdefault(unit.preempted_by, []).append(unit)
+            else:
+                units.setdefault(name, []).append(unit)
+    transactions: list[Transaction] = []
+    for name, own in units.items():
+        for unit in own if name in evictions else ():
+            if unit.concludes:
+                # Who makes room and for whom it is kept are written together, or not at all.
+                for eviction in evictions[name]:
+                    unit.absorb(eviction)
+        transactions += _packed(name, own, guards[name])
     return transactions
-
-
-def _by_deployment(items: Mapping[str, Message], prefix: str) -> dict[str, dict[str, Message]]:
-    """Regroups records by `namespace/deployment` and replica."""
-    grouped: dict[str, dict[str, Message]] = {}
-    for key, value in items.items():
-        name, _, replica = key.removeprefix(prefix).rpartition("/")
-        grouped.setdefault(name, {})[replica] = value
-    return grouped
 
 
 def _packed(name: str, units: Iterable[Transaction], guard: Compare) -> list[Transaction]:
@@ -144,6 +185,7 @@ class _Scribe:
     assignments: Mapping[str, Message]
     observations: Mapping[str, Message]
     published: Mapping[str, Message]
+    environments: Environments
 
     def spec_guard(self) -> Compare:
         """The plan holds only while the spec is the one that it was made from."""
@@ -160,7 +202,8 @@ class _Scribe:
         }
         wanted = endpoints(after, self._typed_observations(), present)
         for replica in sorted({*self.assignments, *after, *present}):
-            unit = Transaction(self.name)
+            drain = self.orders.drain.get(replica)
+            unit = Transaction(self.name, preempted_by=drain.preempted_by if drain is not None else "")
             self._order(unit, replica, after.get(replica))
             self._endpoint(unit, replica, wanted.get(replica), present.get(replica))
             unit.notices += self._notices(replica)
@@ -192,6 +235,7 @@ class _Scribe:
         drained.desired_state = types_pb2.REPLICA_STATE_DRAINING
         drained.drain_deadline_time.CopyFrom(to_timestamp(drain.deadline))
         drained.fencing_token = self.fencing_token
+        drained.preempted_by = drain.preempted_by
         return drained
 
     def _placed(self, place: Place) -> replica_pb2.ReplicaAssignment:
@@ -207,11 +251,28 @@ class _Scribe:
                 replica_pb2.DeviceClaim(device_id=claim.device_id, memory_bytes=claim.memory_bytes)
                 for claim in place.claims
             ],
-            launch=_launch(record, place.external_url),
+            launch=self._suited(_launch(record, place.external_url), place),
             desired_state=types_pb2.REPLICA_STATE_READY,
             fencing_token=self.fencing_token,
             create_time=to_timestamp(self.now),
         )
+
+    def _suited(self, launch: replica_pb2.LaunchSpec, place: Place) -> replica_pb2.LaunchSpec:
+        """The launch with what the node's hardware asks for; what the user says wins."""
+        node = self.view.nodes.get(keys.ACTUAL_NODES + place.node)
+        claimed = {each.device_id for each in place.claims}
+        devices = [each for each in node.inventory.devices if each.id in claimed] if node is not None else []
+        if not devices or devices[0].kind not in _KINDS or launch.engine not in _ENGINES:
+            return launch
+        device = devices[0]
+        row = self.environments.find(_ENGINES[launch.engine], _KINDS[device.kind], device.product)
+        if row is not None:
+            launch.image_family = row.family
+            said = {name.replace("-", "_") for name in launch.extra_args.fields}
+            launch.extra_args.update(
+                {name: value for name, value in row.arguments.items() if name.replace("-", "_") not in said}
+            )
+        return launch
 
     def _order(self, unit: Transaction, replica: str, after: replica_pb2.ReplicaAssignment | None) -> None:
         key = f"{keys.PLAN_REPLICAS}{self.name}/{replica}"
@@ -235,12 +296,12 @@ class _Scribe:
             unit.write(key, wanted, self.view.revisions(key))
 
     def _conclusion(self, conclusion: Conclusion | None) -> Transaction:
-        unit = Transaction(self.name)
+        unit = Transaction(self.name, concludes=True)
         key = keys.PLAN_DEPLOYMENTS + self.name
         before = self.view.conclusions.get(key)
         revision = self.view.revisions(key)
         if conclusion is None:
-            if before is not None:
+            if before is not None and keys.SPEC_DEPLOYMENTS + self.name not in self.view.deployments:
                 unit.delete(key, revision)
             return unit
         spec = self.view.deployments[keys.SPEC_DEPLOYMENTS + self.name]
@@ -257,9 +318,10 @@ class _Scribe:
             ],
         )
         self._failure(after, conclusion, before)
+        _write_preemption(after, conclusion)
         if after != before:
             unit.write(key, after, revision)
-            if conclusion.scheduled.reason == UNSCHEDULABLE and not _was_unschedulable(before):
+            if conclusion.scheduled.reason in UNPLACED and not _was_unschedulable(before):
                 message = conclusion.scheduled.message
                 unit.notices.append(self._notice("Unschedulable", message, warning=True))
         return unit
@@ -304,7 +366,10 @@ class _Scribe:
         assignment = self.assignments.get(replica)
         node = assignment.node if isinstance(assignment, replica_pb2.ReplicaAssignment) else ""
         drain, remove = self.orders.drain.get(replica), self.orders.remove.get(replica)
-        if drain is not None:
+        if drain is not None and drain.preempted_by:
+            message = f"{replica} makes room: {drain.why}"
+            yield self._notice("Preempted", message, replica=replica, node=node, warning=True)
+        elif drain is not None:
             yield self._notice("Draining", f"{replica} drains: {drain.why}", replica=replica, node=node)
         if remove is not None:
             yield self._removal(remove, node)
@@ -346,6 +411,26 @@ class _Scribe:
         return Notice(namespace, deployment, reason, message, replica, node, warning)
 
 
+def _write_preemption(after: records_pb2.DeploymentPlanRecord, conclusion: Conclusion) -> None:
+    for each in conclusion.reservations:
+        kept = after.reservations.add(
+            node=each.node,
+            devices=[
+                replica_pb2.DeviceClaim(device_id=claim.device_id, memory_bytes=claim.memory_bytes)
+                for claim in each.claims
+            ],
+            victims=each.victims,
+        )
+        kept.deadline_time.CopyFrom(to_timestamp(each.deadline))
+    lost = conclusion.preemption
+    if lost is not None:
+        after.preemption.deployment = lost.by
+        after.preemption.priority = lost.by_priority
+        after.preemption.replica = lost.replica
+        after.preemption.node = lost.node
+        after.preemption.time.CopyFrom(to_timestamp(lost.time))
+
+
 def _launch(record: records_pb2.DeploymentRecord, external_url: str) -> replica_pb2.LaunchSpec:
     spec, sizing = record.spec, record.sizing
     # An explicit share of the device leaves the size of the cache to the engine.
@@ -365,5 +450,5 @@ def _launch(record: records_pb2.DeploymentRecord, external_url: str) -> replica_
 
 def _was_unschedulable(record: records_pb2.DeploymentPlanRecord | None) -> bool:
     return record is not None and any(
-        each.type == SCHEDULED and each.reason == UNSCHEDULABLE for each in record.conditions
+        each.type == SCHEDULED and each.reason in UNPLACED for each in record.conditions
     )

@@ -6,7 +6,7 @@ words are defined in `structs`, the stages in `reconcile` (what) and `place` (wh
 """
 
 from controlplane.scheduler.explain import Explanation, NodeVerdict, explain_deployment
-from controlplane.scheduler.planner import plan
+from controlplane.scheduler.planner import Planner, plan
 from controlplane.scheduler.structs import (
     Claim,
     Conclusion,
@@ -18,12 +18,18 @@ from controlplane.scheduler.structs import (
     Failure,
     Need,
     NodeView,
+    Pin,
     Place,
     Plan,
     Policy,
+    Preemption,
+    Quota,
     Remove,
     ReplicaView,
+    Reservation,
     Snapshot,
+    Taint,
+    Toleration,
     Truth,
 )
 
@@ -40,12 +46,19 @@ __all__ = [
     "Need",
     "NodeVerdict",
     "NodeView",
+    "Pin",
     "Place",
     "Plan",
+    "Planner",
     "Policy",
+    "Preemption",
+    "Quota",
     "Remove",
     "ReplicaView",
+    "Reservation",
     "Snapshot",
+    "Taint",
+    "Toleration",
     "Truth",
     "explain_deployment",
     "plan",

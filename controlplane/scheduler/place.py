@@ -1,235 +1,20 @@
-"""WHERE a replica can go: filters that refuse nodes, scorers that rank the rest.
+"""WHERE a replica goes: scorers that rank the nodes which the filters let pass.
 
-In come a need, the nodes and the room that is left on their devices; out comes the best placement, or
-none. Filters and scorers are small objects in ordered tables: adding one is adding a row. Ties are
-broken by name, so that equal snapshots give equal plans.
+In come a need, what is known of its deployment and the books of the cluster; out comes the best placement,
+or none. A thousand nodes are not ranked anew for every replica: nodes that hold nothing of the deployment
+rank alike for all deployments with the same need, so that one heap a need serves them all, and only the
+few others are ranked for each. Ties are broken by name, so that equal snapshots give equal plans.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from heapq import heappop, heappush, heapreplace
 from typing import Protocol
 
-from controlplane.scheduler.structs import Claim, DeviceView, Need, NodeView
-from controlplane.sizing.units import format_bytes
-from core.states import DeviceKind, Engine, NodeState
-
-
-class Room:
-    """What is left on every device, while a plan is made."""
-
-    def __init__(self, nodes: Mapping[str, NodeView]) -> None:
-        self._total = {
-            (node.name, device.device_id): device.memory_bytes
-            for node in nodes.values()
-            for device in node.devices
-        }
-        self._claimed: dict[tuple[str, str], int] = {}
-
-    def claim(self, node: str, claims: Iterable[Claim]) -> None:
-        """Takes room."""
-        for each in claims:
-            key = (node, each.device_id)
-            self._claimed[key] = self._claimed.get(key, 0) + each.memory_bytes
-
-    def release(self, node: str, claims: Iterable[Claim]) -> None:
-        """Gives room back."""
-        self.claim(node, (Claim(each.device_id, -each.memory_bytes) for each in claims))
-
-    def free(self, node: str, device_id: str) -> int:
-        """Room on a device, bytes; negative where more is claimed than there is."""
-        key = (node, device_id)
-        return self._total.get(key, 0) - self._claimed.get(key, 0)
-
-    def used_share(self, node: NodeView, kinds: Sequence[DeviceKind]) -> float:
-        """Share of a node's memory of some kinds that is claimed, 0 to 1."""
-        total = claimed = 0
-        for device in node.devices:
-            if device.kind in kinds:
-                total += device.memory_bytes
-                claimed += self._claimed.get((node.name, device.device_id), 0)
-        return min(1.0, max(0.0, claimed / total)) if total else 0.0
-
-
-def usable_kinds(need: Need, node: NodeView) -> tuple[DeviceKind, ...]:
-    """Kinds of device on which the node can run the engine for this need, best first."""
-    available = {
-        kind
-        for each in node.engines
-        if each.engine is need.engine and not each.unavailable_reason
-        for kind in each.device_kinds
-    }
-    return tuple(kind for kind in need.device_kinds if kind in available)
-
-
-def choose_devices(need: Need, node: NodeView, room: Room) -> tuple[Claim, ...] | None:
-    """Picks devices of a node: equal ones, the fullest that still fit first; None when none fit."""
-    if need.device_count == 0:
-        return ()
-    for kind in usable_kinds(need, node):
-        amount = need.device_memory_bytes
-        fitting: dict[int, list[tuple[int, str]]] = {}
-        for device in node.devices:
-            if device.kind is kind and (free := room.free(node.name, device.device_id)) >= amount:
-                fitting.setdefault(device.memory_bytes, []).append((free, device.device_id))
-        for _, equal in sorted(fitting.items()):
-            if len(equal) >= need.device_count:
-                chosen = sorted(equal)[: need.device_count]
-                return tuple(Claim(device_id, amount) for _, device_id in chosen)
-    return None
-
-
-class Filter(Protocol):
-    """Refuses nodes for one reason.
-
-    Attributes:
-        name: Of the rule, in explanations.
-    """
-
-    name: str
-
-    def check(self, need: Need, node: NodeView, room: Room) -> bool:
-        """True when the node passes."""
-        ...
-
-    def explain(self, need: Need, node: NodeView, room: Room) -> str:
-        """Why this node was refused, with numbers."""
-        ...
-
-    def summarise(self, need: Need, nodes: Sequence[NodeView], room: Room) -> str:
-        """Why these nodes were refused, in a few words behind their count."""
-        ...
-
-
-class NodeReady:
-    """Heartbeats arrive."""
-
-    name = "NodeReady"
-
-    def check(self, need: Need, node: NodeView, room: Room) -> bool:  # noqa: ARG002 - one signature for all filters
-        """True when the node answers."""
-        return node.state is NodeState.READY
-
-    def explain(self, need: Need, node: NodeView, room: Room) -> str:  # noqa: ARG002 - as check
-        """Says what the node is instead."""
-        return f"the node is {node.state.name.lower()}"
-
-    def summarise(self, need: Need, nodes: Sequence[NodeView], room: Room) -> str:  # noqa: ARG002 - as check
-        """Names the states."""
-        return " or ".join(sorted({node.state.name.lower() for node in nodes}))
-
-
-class Schedulable:
-    """No operator has closed the node."""
-
-    name = "Schedulable"
-
-    def check(self, need: Need, node: NodeView, room: Room) -> bool:  # noqa: ARG002 - one signature for all filters
-        """True when the node is open."""
-        return not (node.cordoned or node.draining)
-
-    def explain(self, need: Need, node: NodeView, room: Room) -> str:  # noqa: ARG002 - as check
-        """Says how the node was closed."""
-        return "the node is being drained" if node.draining else "the node is cordoned"
-
-    def summarise(self, need: Need, nodes: Sequence[NodeView], room: Room) -> str:  # noqa: ARG002 - as check
-        """Names how they were closed."""
-        return " or ".join(sorted({"being drained" if node.draining else "cordoned" for node in nodes}))
-
-
-class EngineAvailable:
-    """The node's agent can start the engine on a kind of device that fits."""
-
-    name = "EngineAvailable"
-
-    def check(self, need: Need, node: NodeView, room: Room) -> bool:  # noqa: ARG002 - one signature for all filters
-        """True when it can; every agent can probe a URL."""
-        if need.engine is Engine.EXTERNAL:
-            return True
-        if need.device_count == 0:
-            return any(each.engine is need.engine and not each.unavailable_reason for each in node.engines)
-        return bool(usable_kinds(need, node))
-
-    def explain(self, need: Need, node: NodeView, room: Room) -> str:  # noqa: ARG002 - as check
-        """Says what the agent says."""
-        name = need.engine.name.lower()
-        reasons = [each.unavailable_reason for each in node.engines if each.engine is need.engine]
-        stated = "; ".join(dict.fromkeys(reason for reason in reasons if reason))
-        kinds = kinds_text(need.device_kinds)
-        return f"{name} cannot be started on {kinds}" + (f": {stated}" if stated else "")
-
-    def summarise(self, need: Need, nodes: Sequence[NodeView], room: Room) -> str:
-        """Gives the first node's reason as the example."""
-        example = next(
-            (text for node in nodes if ": " in (text := self.explain(need, node, room))),
-            self.explain(need, nodes[0], room),
-        )
-        return f"without the engine ({example})"
-
-
-class DevicePresent:
-    """The node has enough equal devices of a kind that fits, whether free or not."""
-
-    name = "DevicePresent"
-
-    def check(self, need: Need, node: NodeView, room: Room) -> bool:  # noqa: ARG002 - one signature for all filters
-        """True when it has."""
-        return need.device_count == 0 or self._most(need, node) >= need.device_count
-
-    def explain(self, need: Need, node: NodeView, room: Room) -> str:  # noqa: ARG002 - as check
-        """Counts the devices."""
-        most, kinds = self._most(need, node), kinds_text(need.device_kinds)
-        return f"{need.device_count} equal devices of kind {kinds} are needed, the node has {most}"
-
-    def summarise(self, need: Need, nodes: Sequence[NodeView], room: Room) -> str:  # noqa: ARG002 - as check
-        """Names the kind."""
-        return f"with fewer than {need.device_count} {kinds_text(need.device_kinds)}"
-
-    def _most(self, need: Need, node: NodeView) -> int:
-        groups: dict[tuple[DeviceKind, int], int] = {}
-        kinds = usable_kinds(need, node)
-        for device in node.devices:
-            if device.kind in kinds:
-                group = (device.kind, device.memory_bytes)
-                groups[group] = groups.get(group, 0) + 1
-        return max(groups.values(), default=0)
-
-
-class MemoryFree:
-    """Enough devices have the memory left, all claims counted, those of draining replicas too."""
-
-    name = "MemoryFree"
-
-    def check(self, need: Need, node: NodeView, room: Room) -> bool:
-        """True when they have."""
-        return choose_devices(need, node, room) is not None
-
-    def explain(self, need: Need, node: NodeView, room: Room) -> str:
-        """Tells what is free and what there is."""
-        devices = self._devices(need, node)
-        largest = self._largest(need, [node], room)
-        total = max((device.memory_bytes for device in devices), default=0)
-        many = f" on each of {need.device_count} devices" if need.device_count > 1 else ""
-        return (
-            f"{format_bytes(need.device_memory_bytes)}{many} needed, "
-            f"largest free {format_bytes(largest)} of {format_bytes(total)}"
-        )
-
-    def summarise(self, need: Need, nodes: Sequence[NodeView], room: Room) -> str:
-        """Tells the largest free amount among them."""
-        return f"out of memory (largest free {format_bytes(self._largest(need, nodes, room))})"
-
-    def _devices(self, need: Need, node: NodeView) -> list[DeviceView]:
-        kinds = usable_kinds(need, node)
-        return [device for device in node.devices if device.kind in kinds]
-
-    def _largest(self, need: Need, nodes: Sequence[NodeView], room: Room) -> int:
-        free = (
-            room.free(node.name, device.device_id) for node in nodes for device in self._devices(need, node)
-        )
-        return max(0, max(free, default=0))
-
-
-FILTERS: tuple[Filter, ...] = (NodeReady(), Schedulable(), EngineAvailable(), DevicePresent(), MemoryFree())
+from controlplane.scheduler.filters import passes_lasting
+from controlplane.scheduler.profiles import Profile, Profiles, heat_step
+from controlplane.scheduler.room import Room
+from controlplane.scheduler.structs import Claim, Need, NodeView
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,13 +26,8 @@ class Preferences:
         failed_node: Where its last failure happened; empty for none.
     """
 
-    replicas_on: Mapping[str, int]
+    replicas_on: Mapping[str, int] = field(default_factory=dict)
     failed_node: str = ""
-
-    def with_replica(self, node: str) -> "Preferences":
-        """The same after one more replica was placed on a node."""
-        counted = {**self.replicas_on, node: self.replicas_on.get(node, 0) + 1}
-        return Preferences(counted, self.failed_node)
 
 
 class Scorer(Protocol):
@@ -288,6 +68,17 @@ class AvoidFailedNode:
         return 0.0 if node.name == preferences.failed_node else 1.0
 
 
+class HoldsModel:
+    """1 where the weights are on the machine already, 0 elsewhere: fetching them takes minutes."""
+
+    name = "HoldsModel"
+    weight = 2.0
+
+    def score(self, need: Need, node: NodeView, room: Room, preferences: Preferences) -> float:  # noqa: ARG002 - one signature for all scorers
+        """See the class."""
+        return 1.0 if need.model and need.model in node.cached_models else 0.0
+
+
 class FillUsedNodes:
     """Share of the memory that is claimed already: empty machines stay free for large models."""
 
@@ -296,11 +87,29 @@ class FillUsedNodes:
 
     def score(self, need: Need, node: NodeView, room: Room, preferences: Preferences) -> float:  # noqa: ARG002 - one signature for all scorers
         """See the class."""
-        return room.used_share(node, need.device_kinds)
+        return room.used_share(node.name, need.device_kinds)
 
 
-SCORERS: tuple[Scorer, ...] = (SpreadReplicas(), AvoidFailedNode(), FillUsedNodes())
+class BalanceHeat:
+    """`1 - heat` in tenths, one half where it is not known: of nodes otherwise equal, the cooler one."""
+
+    name = "BalanceHeat"
+    weight = 0.001
+
+    def score(self, need: Need, node: NodeView, room: Room, preferences: Preferences) -> float:  # noqa: ARG002 - one signature for all scorers
+        """See the class."""
+        return 1.0 - heat_step(node) / 10
+
+
+SCORERS: tuple[Scorer, ...] = (
+    SpreadReplicas(),
+    AvoidFailedNode(),
+    HoldsModel(),
+    FillUsedNodes(),
+    BalanceHeat(),
+)
 _TOTAL_WEIGHT = sum(each.weight for each in SCORERS)
+_NOTHING = Preferences()
 
 
 @dataclass(frozen=True, slots=True)
@@ -312,51 +121,185 @@ class Placement:
     score: float
 
 
-def refusing_filter(need: Need, node: NodeView, room: Room) -> Filter | None:
-    """The first filter that a node does not pass; None when it passes all."""
-    return next((each for each in FILTERS if not each.check(need, node, room)), None)
-
-
 def score_of(need: Need, node: NodeView, room: Room, preferences: Preferences) -> float:
     """Weighted mean of all scorers, 0 to 1."""
-    weighted = sum(each.weight * each.score(need, node, room, preferences) for each in SCORERS)
+    weighted = 0.0
+    for each in SCORERS:
+        weighted += each.weight * each.score(need, node, room, preferences)
     return weighted / _TOTAL_WEIGHT
 
 
-def eligible_nodes(need: Need, nodes: Mapping[str, NodeView]) -> dict[str, NodeView]:
-    """Nodes that pass every filter but the one on free memory: the same for all replicas of a plan."""
-    empty = Room({})
-    lasting = [each for each in FILTERS if not isinstance(each, MemoryFree)]
-    return {
-        name: node
-        for name, node in sorted(nodes.items())
-        if all(each.check(need, node, empty) for each in lasting)
-    }
+class Terrain(Protocol):
+    """What a search needs of the books.
 
-
-def find_placement(
-    need: Need, eligible: Mapping[str, NodeView], room: Room, preferences: Preferences
-) -> Placement | None:
-    """Returns the best node with its devices; None when none has the room.
-
-    Args:
-        need: Of one replica.
-        eligible: From `eligible_nodes`, in the order of names.
+    Attributes:
+        nodes: By name.
         room: What is left.
-        preferences: What scorers know.
+        profiles: Nodes that are alike.
     """
-    best: Placement | None = None
-    for name, node in eligible.items():
-        claims = choose_devices(need, node, room)
-        if claims is None:
-            continue
-        score = score_of(need, node, room, preferences)
-        if best is None or score > best.score:
-            best = Placement(name, claims, score)
-    return best
+
+    nodes: dict[str, NodeView]
+    room: Room
+    profiles: Profiles
+
+    def caching(self, model: str) -> Iterable[str]:
+        """Nodes that hold a model's weights."""
+        ...
 
 
-def kinds_text(kinds: Sequence[DeviceKind]) -> str:
-    """Names kinds of device for a person."""
-    names = {DeviceKind.CPU: "CPU", DeviceKind.NVIDIA: "NVIDIA GPU"}
-    return " or ".join(names.get(kind, kind.name) for kind in kinds) or "any machine"
+_Entry = tuple[float, str, int, Profile]
+"""Negative score, first node, number of the profile, profile."""
+
+
+class Index:
+    """The nodes that fit one need, best first, for deployments that have nothing on them.
+
+    It ranks profiles, not nodes, and keeps up with changes of the room by the profiles' log.
+    """
+
+    def __init__(self, need: Need, terrain: Terrain) -> None:
+        self._need = need
+        # Nodes that hold the weights are ranked by themselves.
+        self._plain = replace(need, model="") if need.model else need
+        self._terrain = terrain
+        self._passing: dict[int, bool] = {}
+        self._scores: dict[int, float | None] = {}
+        self.caching = [name for name in terrain.caching(need.model) if self.accepts(name)]
+        self.heap: list[_Entry] = []
+        for profile in terrain.profiles.with_room(need):
+            self._push(profile, profile.names[0])
+        self._read = len(terrain.profiles.log)
+
+    def accepts(self, name: str) -> bool:
+        """True when a node may hold the need, whatever room is left."""
+        node = self._terrain.nodes.get(name)
+        if node is None or not self._passes(name, self._terrain.profiles.traits[name]):
+            return False
+        return all(each in node.labels for each in self._need.node_selector)
+
+    def accepting(self) -> list[str]:
+        """All such nodes, by name."""
+        return sorted(name for name in self._terrain.nodes if self.accepts(name))
+
+    def node(self, name: str) -> NodeView:
+        """A node."""
+        return self._terrain.nodes[name]
+
+    def best(self, passed_over: Callable[[str], bool]) -> tuple[float, str] | None:
+        """Negative score and name of the best node that is not to be passed over; None when there is none."""
+        self._catch_up()
+        heap, aside = self.heap, dict[int, _Entry]()
+        found: tuple[float, str] | None = None
+        while heap:
+            score, first, number, profile = heap[0]
+            name = self._first(profile, passed_over)
+            if name is None:
+                # Empty by now, or passed over in this search only.
+                heappop(heap)
+                if profile.names:
+                    aside[number] = (score, profile.names[0], number, profile)
+            elif name != first:
+                heapreplace(heap, (score, name, number, profile))
+            else:
+                found = score, name
+                break
+        for entry in aside.values():
+            heappush(heap, entry)
+        return found
+
+    def _first(self, profile: Profile, passed_over: Callable[[str], bool]) -> str | None:
+        selector = self._need.node_selector
+        for name in profile.names:
+            if not passed_over(name) and (not selector or self.accepts(name)):
+                return name
+        return None
+
+    def _catch_up(self) -> None:
+        """Takes in the nodes that came to another profile."""
+        profiles = self._terrain.profiles
+        profiles.refresh()
+        for name in profiles.log[self._read :]:
+            if name in self._terrain.nodes:
+                self._push(profiles.of(name), name)
+        self._read = len(profiles.log)
+
+    def _push(self, profile: Profile, name: str) -> None:
+        number = profile.number
+        if number not in self._scores:
+            fits = profile.fits(self._need) and self._passes(profile.names[0], profile.traits)
+            node = self._terrain.nodes[profile.names[0]]
+            score = -score_of(self._plain, node, self._terrain.room, _NOTHING) if fits else None
+            self._scores[number] = score
+        score = self._scores[number]
+        if score is not None:
+            heappush(self.heap, (score, name, number, profile))
+
+    def _passes(self, name: str, traits: int) -> bool:
+        passes = self._passing.get(traits)
+        if passes is None:
+            passes = self._passing[traits] = passes_lasting(self._need, self._terrain.nodes[name])
+        return passes
+
+
+class Search:
+    """Finds the nodes for one deployment's replicas, one after the other.
+
+    Between `best` and the next, the caller claims the room and says so with `placed`. Nodes on which the
+    deployment has something, whose weights are there or where it failed are ranked for it alone.
+    """
+
+    def __init__(self, need: Need, index: Index, room: Room, preferences: Preferences) -> None:
+        self._need = need
+        self._index = index
+        self._room = room
+        self._counts = dict(preferences.replicas_on)
+        self._preferences = Preferences(self._counts, preferences.failed_node)
+        self._special: set[str] = set()
+        self._heap: list[tuple[float, str, int]] = []
+        for name in sorted({*self._counts, preferences.failed_node, *index.caching}):
+            self._single_out(name)
+
+    def replicas_on(self, node: str) -> int:
+        """Live replicas of the deployment on a node, those that were just placed among them."""
+        return self._counts.get(node, 0)
+
+    def score(self, node: str) -> float:
+        """Score of a node."""
+        return score_of(self._need, self._index.node(node), self._room, self._preferences)
+
+    def best(self) -> Placement | None:
+        """The best node with its devices; None when none has the room."""
+        ordinary = self._index.best(self._special.__contains__)
+        candidates = [each for each in (ordinary, self._best_special()) if each is not None]
+        if not candidates:
+            return None
+        score, name = min(candidates)
+        claims = self._room.choose(self._need, name)
+        assert claims is not None, "the node was found to fit"
+        return Placement(name, claims, -score)
+
+    def placed(self, node: str) -> None:
+        """Notes that a replica was placed on a node."""
+        self._counts[node] = self._counts.get(node, 0) + 1
+        if node not in self._special:
+            self._single_out(node)
+
+    def _single_out(self, node: str) -> None:
+        """Ranks a node for this deployment alone from now on."""
+        if self._index.accepts(node):
+            self._special.add(node)
+            self._rank(node)
+
+    def _rank(self, node: str) -> None:
+        if self._room.fits(self._need, node):
+            heappush(self._heap, (-self.score(node), node, self._room.version(node)))
+
+    def _best_special(self) -> tuple[float, str] | None:
+        while self._heap:
+            score, name, version = self._heap[0]
+            if version == self._room.version(name):
+                return score, name
+            # Something was placed there since.
+            heappop(self._heap)
+            self._rank(name)
+        return None

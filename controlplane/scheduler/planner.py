@@ -1,69 +1,64 @@
-"""The driver: from a snapshot to a plan, one deployment after the other, over one shared account of room.
+"""The driver: from the books of the cluster to a plan.
 
-In come a snapshot, the time and a source of replica identifiers; out comes a `Plan`. It asks `reconcile`
-what each replica is, `failures` when to try again, `rolling` how many to start and give up, and `place`
-where. Pure: equal arguments give equal plans, and the plan of a state in which the plan was carried out
-is empty.
+In come the books, the time and a source of replica identifiers; out comes a `Plan`. It asks `reconcile`
+what each replica is, `failures` when to try again, `rolling` how many to start and give up, and `assign`
+where. Pure: equal books give equal plans, and the plan of a state in which the plan was carried out is
+empty.
+
+A `Planner` lives on from plan to plan and looks only at deployments whose plan can have changed: those
+whose records changed, those whose time has come, and those that wait for room whenever something that
+holds room has changed. Looking at all of them would give the same plan; that is a property the tests hold.
 """
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from datetime import datetime
+from heapq import heapify, heappop, heappush
 
+from controlplane.scheduler.assign import Assigned, Assigner
+from controlplane.scheduler.books import Books
 from controlplane.scheduler.conclude import Outcome, conclude
-from controlplane.scheduler.explain import Explanation, explain
-from controlplane.scheduler.failures import Memory, remember
-from controlplane.scheduler.place import (
-    Placement,
-    Preferences,
-    Room,
-    eligible_nodes,
-    find_placement,
+from controlplane.scheduler.draft import Draft, NewReplicaId
+from controlplane.scheduler.failures import remember
+from controlplane.scheduler.reconcile import (
+    Case,
+    Class,
+    Sorted,
+    classify,
+    frozen_reason,
+    hold_pins,
 )
-from controlplane.scheduler.reconcile import Class, Sorted, classify_all, frozen_reason
 from controlplane.scheduler.rolling import Intent, intend
-from controlplane.scheduler.structs import (
-    Conclusion,
-    DeploymentView,
-    Drain,
-    Place,
-    Plan,
-    Policy,
-    Remove,
-    Snapshot,
-)
-from core.states import Engine, NodeState
-
-NewReplicaId = Callable[[str], str]
+from controlplane.scheduler.structs import Conclusion, DeploymentView, Plan, Policy, Snapshot
+from core.states import NodeState
 
 _REMOVED = {
     Class.ENDED: "Stopped",
     Class.FAILED: "ReplicaFailed",
     Class.LOST: "NodeLost",
 }
+_LIVING = {Class.CURRENT, Class.STALE}
 
 
 @dataclass(slots=True)
-class _Draft:
-    """A plan while it is being made."""
+class _Memory:
+    """What is known of a deployment's last look.
 
-    snapshot: Snapshot
-    now: datetime
-    policy: Policy
-    new_replica_id: NewReplicaId
-    room: Room
-    frozen: str = ""
-    place: list[Place] = field(default_factory=list)
-    drain: list[Drain] = field(default_factory=list)
-    remove: list[Remove] = field(default_factory=list)
-    conclusions: list[Conclusion] = field(default_factory=list)
-    wake_at: list[datetime] = field(default_factory=list)
+    Attributes:
+        wake: When time alone calls for another; None when only a change does.
+        settled: False when it was to be changed, so that it must be looked at whatever happens.
+        epoch: Of the books when it was found to wait for room; None when it waits for nothing.
+    """
+
+    wake: datetime | None
+    settled: bool
+    epoch: int | None
 
 
 def plan(
     snapshot: Snapshot, now: datetime, new_replica_id: NewReplicaId, policy: Policy | None = None
 ) -> Plan:
-    """Decides what to do now.
+    """Decides what to do now, looking at everything.
 
     Args:
         snapshot: The cluster.
@@ -71,187 +66,224 @@ def plan(
         new_replica_id: Makes an identifier, unique for all time, for a new replica of a deployment.
         policy: Bounds; the defaults where it is None.
     """
-    policy = policy or Policy()
-    draft = _Draft(
-        snapshot, now, policy, new_replica_id, Room(snapshot.nodes), frozen_reason(snapshot, policy)
-    )
-    members: dict[str, list[Sorted]] = {}
-    for each in classify_all(snapshot, now, policy, draft.frozen):
-        members.setdefault(each.replica.deployment, []).append(each)
-        _take_up(draft, each)
-    orphans = (
-        each for key, group in sorted(members.items()) if key not in snapshot.deployments for each in group
-    )
-    for each in orphans:
-        if each.result is Class.ORPHAN:
-            _drain(draft, each)
-    # Deployments without any replica come first: the first replica is worth more than the second.
-    order = sorted(
-        snapshot.deployments.values(),
-        key=lambda view: (any(_lives(each) for each in members.get(view.key, ())), view.key),
-    )
-    for deployment in order:
-        _plan_deployment(draft, deployment, members.get(deployment.key, []))
-    future = [moment for moment in draft.wake_at if moment > now]
-    return Plan(
-        place=tuple(draft.place),
-        drain=tuple(draft.drain),
-        remove=tuple(draft.remove),
-        conclusions=tuple(sorted(draft.conclusions, key=lambda each: each.deployment)),
-        retry_after=min(future, default=None),
-        frozen=draft.frozen,
-    )
+    planner = Planner(policy)
+    planner.books.load(snapshot)
+    return planner.plan(now, new_replica_id)
 
 
-def _lives(each: Sorted) -> bool:
-    return each.result in {Class.CURRENT, Class.STALE}
+class Planner:
+    """Plans again and again over books that its owner keeps up to date.
+
+    Attributes:
+        books: The cluster, as the records say.
+        conclusions: The latest of every deployment.
+    """
+
+    def __init__(self, policy: Policy | None = None) -> None:
+        self.books = Books()
+        self.conclusions: dict[str, Conclusion] = {}
+        self._policy = policy or Policy()
+        self._memory: dict[str, _Memory] = {}
+        self._frozen = ""
+
+    def plan(self, now: datetime, new_replica_id: NewReplicaId) -> Plan:
+        """Decides what to do now.
+
+        Args:
+            now: The present; aware.
+            new_replica_id: Makes an identifier, unique for all time, for a new replica of a deployment.
+        """
+        books = self.books
+        frozen = frozen_reason(books.nodes, books.holding(), self._policy)
+        if frozen != self._frozen:
+            self._frozen = frozen
+            books.epoch += 1
+            silent = [name for name, node in books.nodes.items() if node.state is not NodeState.READY]
+            for name in silent:
+                books.dirty.update(each.deployment for each in books.on_node(name).values())
+        agenda, waiting = self._agenda(now)
+        draft = self._drafted(agenda, now, new_replica_id)
+        if waiting and not draft.empty:
+            # What was decided may give room to those that wait, or take it.
+            draft = self._drafted(agenda | waiting, now, new_replica_id)
+            agenda |= waiting
+        self._remember(draft, agenda)
+        wakes = [each.wake for each in self._memory.values() if each.wake is not None]
+        return Plan(
+            place=tuple(draft.place),
+            drain=tuple(draft.drain),
+            remove=tuple(draft.remove),
+            conclusions=tuple(sorted(draft.conclusions, key=lambda each: each.deployment)),
+            retry_after=min((each for each in wakes if each > now), default=None),
+            frozen=frozen,
+        )
+
+    def look_again(self, keys: Iterable[str]) -> None:
+        """Has deployments looked at by the next plan: what was planned for them did not come about."""
+        self.books.dirty.update(keys)
+
+    def _agenda(self, now: datetime) -> tuple[set[str], set[str]]:
+        """Deployments to look at, and those to add if anything is decided about room."""
+        agenda, waiting = set(self.books.dirty), set()
+        for key, memory in self._memory.items():
+            due = memory.wake is not None and memory.wake <= now
+            if due or not memory.settled or memory.epoch not in {None, self.books.epoch}:
+                agenda.add(key)
+            elif memory.epoch is not None:
+                waiting.add(key)
+        return agenda, waiting - agenda
+
+    def _remember(self, draft: Draft, agenda: set[str]) -> None:
+        """Keeps what the next plan needs to know of this one."""
+        touched = {each.deployment for each in draft.place}
+        touched |= {each.deployment for each in draft.drain}
+        touched |= {each.deployment for each in draft.remove}
+        concluded = {each.deployment: each for each in draft.conclusions}
+        for key in agenda | concluded.keys():
+            conclusion = concluded.get(key)
+            if conclusion is None:
+                self.conclusions.pop(key, None)
+                if not self.books.members(key):
+                    self._memory.pop(key, None)
+                    continue
+            else:
+                self.conclusions[key] = conclusion
+            pending = conclusion is not None and conclusion.pending > 0
+            # An account that shows decisions is not the books' own: what it let wait has to ask again.
+            epoch = (self.books.epoch if draft.empty else -1) if pending else None
+            self._memory[key] = _Memory(draft.wake.get(key), key not in touched, epoch)
+        self.books.dirty.clear()
+
+    def _drafted(self, agenda: set[str], now: datetime, new_replica_id: NewReplicaId) -> Draft:
+        draft = Draft(self.books, now, self._policy, new_replica_id, self._frozen)
+        try:
+            for key in sorted(agenda):
+                _sort(draft, key)
+            intents = {key: intent for key in sorted(agenda) if (intent := _give_up(draft, key)) is not None}
+            queue = [_rank(draft, key, living=_lives(draft, key)) for key in intents]
+            heapify(queue)
+            while queue:
+                key = heappop(queue)[-1]
+                _plan_deployment(draft, self.books.deployments[key], intents[key])
+                for victim in draft.preemptions.keys() - draft.planned:
+                    # Less important, so that its turn is still to come; it had a replica until now.
+                    if victim not in intents:
+                        _sort(draft, victim)
+                        heappush(queue, _rank(draft, victim, living=True))
+                    intents[victim] = _intent(draft, victim)
+                draft.planned.add(key)
+        finally:
+            draft.undo()
+        return draft
 
 
-def _take_up(draft: _Draft, each: Sorted) -> None:
-    """Books what a replica holds, or puts it among those to forget."""
-    replica = each.replica
-    if each.result in _REMOVED:
-        draft.remove.append(Remove(replica.replica, replica.deployment, each.why, _REMOVED[each.result]))
-        return
-    # A draining engine holds its memory until it has stopped.
-    draft.room.claim(replica.node, replica.claims)
-    if each.result is Class.DRAINING and not replica.observed and replica.drain_deadline is not None:
-        draft.wake_at.append(replica.drain_deadline + draft.policy.unclaimed_grace)
+def _lives(draft: Draft, key: str) -> bool:
+    return any(each.result in _LIVING for each in draft.members[key])
 
 
-def _drain(draft: _Draft, each: Sorted) -> None:
-    replica = each.replica
-    deadline = draft.now + draft.policy.drain
-    draft.drain.append(Drain(replica.replica, replica.deployment, deadline, each.why))
-    if not replica.observed:
-        draft.wake_at.append(deadline + draft.policy.unclaimed_grace)
+def _rank(draft: Draft, key: str, *, living: bool) -> tuple[int, bool, str]:
+    """The order of planning: the more important first, then those without any replica, then by name.
+
+    The first replica of a deployment is worth more than the second of another.
+    """
+    return -draft.books.deployments[key].priority, living, key
 
 
-def _plan_deployment(draft: _Draft, deployment: DeploymentView, members: Sequence[Sorted]) -> None:
+def _sort(draft: Draft, key: str) -> None:
+    """Sorts a deployment's replicas, and frees what those hold that have ended."""
+    books = draft.books
+    owner = books.deployments.get(key)
+    members: list[Sorted] = []
+    for _, replica in sorted(books.members(key).items()):
+        node = books.nodes.get(replica.node)
+        each = classify(Case(replica, owner, node, draft.frozen, draft.policy, draft.now))
+        if replica.replica in draft.leaving:
+            each = replace(each, result=Class.DRAINING)
+        members.append(each)
+        if each.result in _REMOVED:
+            draft.forget(each, _REMOVED[each.result])
+        elif each.result is Class.DRAINING and not replica.observed and replica.drain_deadline is not None:
+            draft.wake_at(key, replica.drain_deadline + draft.policy.unclaimed_grace)
+    draft.members[key] = hold_pins(owner, members)[0] if owner is not None else members
+
+
+def _give_up(draft: Draft, key: str) -> Intent | None:
+    """Drains what a deployment wants to be rid of whatever can be placed; None for a deleted one."""
+    members = draft.members[key]
+    owner = draft.books.deployments.get(key)
+    if owner is None:
+        for each in members:
+            if each.result is Class.ORPHAN:
+                draft.give_up(each)
+        return None
+    intent = intend(owner, members, draft.policy)
+    for each in intent.drain:
+        draft.give_up(each)
+    return intent
+
+
+def _intent(draft: Draft, key: str) -> Intent:
+    """What a deployment wants after it lost replicas in this plan; who else leaves was decided before."""
+    return replace(intend(draft.books.deployments[key], draft.members[key], draft.policy), drain=())
+
+
+def _plan_deployment(draft: Draft, deployment: DeploymentView, intent: Intent) -> None:
+    members = draft.members[deployment.key]
     living = [each.replica for each in members if each.result not in _REMOVED]
     failed = [each.replica for each in members if each.result is Class.FAILED]
     memory = remember(deployment, failed, living, draft.now, draft.policy)
-    intent = intend(deployment, members, draft.policy)
-    for each in intent.drain:
-        _drain(draft, each)
     waiting = memory.failure.next_attempt if memory.failure is not None else None
     allowed = intent.allowed if waiting is None else min(intent.allowed, memory.at_once)
-    placed, explanation = _place(draft, deployment, members, intent, allowed, memory)
+    assigner = Assigner(draft, deployment, members, intent, memory)
+    assigned = assigner.assign(allowed)
     yielded: Sorted | None = None
-    if placed < allowed and explanation is not None:
-        yielded = _yielding(draft, deployment, members, intent, memory)
+    if assigned.explanation is not None and not assigned.reservations and assigned.placed < allowed:
+        yielded = _yielding(intent, assigner, assigned, members)
         if yielded is not None:
-            _drain(draft, yielded)
-    for moment in (waiting, memory.forget_at):
-        if moment is not None:
-            draft.wake_at.append(moment)
+            draft.give_up(yielded)
+    draft.wake_at(deployment.key, waiting, memory.forget_at)
     draft.conclusions.append(
         conclude(
             deployment,
             Outcome(
                 members=tuple(members),
-                missing=intent.missing - placed,
-                placed=placed,
-                explanation=explanation,
+                missing=intent.missing - assigned.placed,
+                placed=assigned.placed,
+                explanation=assigned.explanation,
                 yielded=yielded,
                 failure=memory.failure,
                 frozen=_frozen_for(draft, members),
+                coming=assigned.coming,
+                reservations=tuple(assigned.reservations),
+                preemption=draft.preemptions.get(deployment.key, deployment.preemption),
             ),
         )
     )
 
 
-def _frozen_for(draft: _Draft, members: Iterable[Sorted]) -> str:
+def _frozen_for(draft: Draft, members: Iterable[Sorted]) -> str:
     """The freeze, where it concerns replicas of this deployment."""
-    nodes = draft.snapshot.nodes
+    nodes = draft.books.nodes
     held = any(
         each.replica.node in nodes and nodes[each.replica.node].state is not NodeState.READY
         for each in members
-        if _lives(each)
+        if each.result in _LIVING
     )
     return draft.frozen if held else ""
 
 
-def _preferences(draft: _Draft, members: Iterable[Sorted], memory: Memory) -> Preferences:
-    counts: dict[str, int] = {}
-    given_up = {each.replica for each in draft.drain}
-    for each in members:
-        if _lives(each) and each.replica.replica not in given_up:
-            counts[each.replica.node] = counts.get(each.replica.node, 0) + 1
-    return Preferences(counts, memory.failure.node if memory.failure is not None else "")
-
-
-def _missing_urls(deployment: DeploymentView, members: Iterable[Sorted]) -> list[str]:
-    """URLs of an external deployment that no replica of the present spec stands for."""
-    held = {each.replica.external_url for each in members if each.result is Class.CURRENT}
-    return [url for url in deployment.external_urls if url not in held]
-
-
-def _place(
-    draft: _Draft,
-    deployment: DeploymentView,
-    members: Sequence[Sorted],
-    intent: Intent,
-    allowed: int,
-    memory: Memory,
-) -> tuple[int, Explanation | None]:
-    """Places up to `allowed` replicas; also returns why the next one could not be, if it could not."""
-    if allowed == 0:
-        return 0, None
-    eligible = eligible_nodes(deployment.need, draft.snapshot.nodes)
-    urls = _missing_urls(deployment, members)
-    external = deployment.need.engine is Engine.EXTERNAL
-    wanted = min(allowed, len(urls)) if external else allowed
-    preferences = _preferences(draft, members, memory)
-    for index in range(wanted):
-        found = find_placement(deployment.need, eligible, draft.room, preferences)
-        if found is None:
-            why = explain(deployment.need, draft.snapshot.nodes, draft.room, preferences)
-            return index, why
-        draft.room.claim(found.node, found.claims)
-        draft.place.append(
-            Place(
-                replica=draft.new_replica_id(deployment.key),
-                deployment=deployment.key,
-                node=found.node,
-                claims=found.claims,
-                why=_why(deployment, intent, preferences, found),
-                external_url=urls[index] if external else "",
-            )
-        )
-        preferences = preferences.with_replica(found.node)
-    return wanted, None
-
-
-def _why(deployment: DeploymentView, intent: Intent, preferences: Preferences, found: Placement) -> str:
-    others = preferences.replicas_on.get(found.node, 0)
-    spread = "no other replica of it there" if not others else f"{others} other of its replicas there"
-    return f"{intent.missing} of {deployment.desired} replicas missing; {spread}, score {found.score:.2f}"
-
-
 def _yielding(
-    draft: _Draft,
-    deployment: DeploymentView,
-    members: Sequence[Sorted],
-    intent: Intent,
-    memory: Memory,
+    intent: Intent, assigner: Assigner, assigned: Assigned, members: Sequence[Sorted]
 ) -> Sorted | None:
     """A serving replica that may go first because its successor fits nowhere else.
 
     It is given up only if its room is what the successor lacks: emptying a node that nothing can replace
     must not end the service.
     """
-    if any(each.result is Class.DRAINING for each in members) or any(
-        each.deployment == deployment.key for each in draft.drain
-    ):
+    if any(each.result is Class.DRAINING for each in members):
         # Room is on its way already.
         return None
-    preferences = _preferences(draft, members, memory)
-    eligible = eligible_nodes(deployment.need, draft.snapshot.nodes)
     for each in intent.yielding:
-        draft.room.release(each.replica.node, each.replica.claims)
-        fits = find_placement(deployment.need, eligible, draft.room, preferences) is not None
-        draft.room.claim(each.replica.node, each.replica.claims)
-        if fits:
+        if assigner.fits_without(each.replica, assigned.blocked):
             return Sorted(each.replica, each.result, f"{each.why}, and its successor needs its room")
     return None

@@ -4,13 +4,14 @@ In comes a snapshot, out comes each replica's class with the why. The first rule
 a missing replica could go is the next stage's question; nothing here looks at free memory.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import datetime
 from enum import Enum
 
-from controlplane.scheduler.structs import DeploymentView, NodeView, Policy, ReplicaView, Snapshot
-from core.states import NodeState, ReplicaState
+from controlplane.scheduler.filters import taint_text
+from controlplane.scheduler.structs import DeploymentView, NodeView, Pin, Policy, ReplicaView
+from core.states import NodeState, ReplicaState, TaintEffect
 
 
 class Class(Enum):
@@ -62,6 +63,27 @@ def _node_lost(case: Case) -> bool:
         return True
     # A node that no record speaks of is unknown, which is not the same as lost.
     return case.node is not None and case.node.state is NodeState.LOST and not case.frozen
+
+
+def _driving_taint(case: Case) -> str:
+    """The taint that moves the replica away; empty for none."""
+    if case.node is None or case.owner is None or not case.node.taints:
+        return ""
+    tolerations = case.owner.need.tolerations
+    for taint in case.node.taints:
+        if taint.effect is TaintEffect.NO_EXECUTE and not taint.tolerated_by(tolerations):
+            return taint_text(taint)
+    return ""
+
+
+def _missing_label(case: Case) -> str:
+    """A label that the deployment asks for and the node is without; empty for none."""
+    if case.node is None or case.owner is None:
+        return ""
+    for key, value in case.owner.need.node_selector:
+        if (key, value) not in case.node.labels:
+            return f"{key}={value}"
+    return ""
 
 
 def _never_taken_up(case: Case) -> bool:
@@ -128,12 +150,63 @@ RULES: tuple[Rule, ...] = (
         lambda case: f"node {case.replica.node} is being drained",
     ),
     Rule(
+        lambda case: bool(_driving_taint(case)),
+        Class.STALE,
+        lambda case: f"node {case.replica.node} has the taint {_driving_taint(case)}, which is not tolerated",
+    ),
+    Rule(
+        lambda case: bool(_missing_label(case)),
+        Class.STALE,
+        lambda case: f"node {case.replica.node} is without the label {_missing_label(case)}",
+    ),
+    Rule(
         lambda case: case.owner is not None and case.replica.generation != case.owner.launch_generation,
         Class.STALE,
         lambda _: "the spec has changed",
     ),
     Rule(lambda _: True, Class.CURRENT, lambda _: "it is as it should be"),
 )
+
+
+def hold_pins(
+    deployment: DeploymentView, members: Sequence["Sorted"]
+) -> tuple[list["Sorted"], list[Pin], int]:
+    """Compares replicas with the devices that were chosen by hand.
+
+    Args:
+        deployment: With its pins; those beyond the wanted number of replicas count for nothing.
+        members: Its replicas.
+
+    Returns:
+        The replicas, those current ones in excess beside the pins made stale, the newest first; the pins
+        that no current replica holds; how many current replicas stand where nobody pinned them.
+    """
+    pins = list(deployment.pins[: deployment.desired])
+    if not pins:
+        return list(members), [], sum(1 for each in members if each.result is Class.CURRENT)
+    free: list[Sorted] = []
+    for each in sorted(members, key=lambda each: (each.replica.created, each.replica.replica)):
+        if each.result is not Class.CURRENT:
+            continue
+        held = pin_of(each.replica)
+        pin = next((pin for pin in pins if (pin.node, frozenset(pin.device_ids)) == held), None)
+        if pin is None:
+            free.append(each)
+        else:
+            pins.remove(pin)
+    room_beside = max(0, deployment.desired - len(deployment.pins[: deployment.desired]))
+    excess = {each.replica.replica for each in free[room_beside:]}
+    why = "devices were chosen by hand, and these are others"
+    judged = [
+        replace(each, result=Class.STALE, why=why) if each.replica.replica in excess else each
+        for each in members
+    ]
+    return judged, pins, len(free) - len(excess)
+
+
+def pin_of(replica: ReplicaView) -> tuple[str, frozenset[str]]:
+    """Where a replica stands, as a pin would say it."""
+    return replica.node, frozenset(claim.device_id for claim in replica.claims)
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,33 +224,18 @@ def classify(case: Case) -> Sorted:
     return Sorted(case.replica, rule.result, rule.why(case))
 
 
-def classify_all(snapshot: Snapshot, now: datetime, policy: Policy, frozen: str) -> list[Sorted]:
-    """Sorts every replica, in the order of their identifiers."""
-    return [
-        classify(
-            Case(
-                replica=replica,
-                owner=snapshot.deployments.get(replica.deployment),
-                node=snapshot.nodes.get(replica.node),
-                frozen=frozen,
-                policy=policy,
-                now=now,
-            )
-        )
-        for _, replica in sorted(snapshot.replicas.items())
-    ]
-
-
-def frozen_reason(snapshot: Snapshot, policy: Policy) -> str:
+def frozen_reason(nodes: Mapping[str, NodeView], holding: Container[str], policy: Policy) -> str:
     """Why nothing is rescheduled off silent nodes; empty when it may be.
 
     Lost nodes that hold no replica are left out: their replicas have been replaced, and a machine that
     was given away must not count for ever.
+
+    Args:
+        nodes: By name.
+        holding: Names of nodes that hold replicas.
+        policy: Bounds.
     """
-    holding = {replica.node for replica in snapshot.replicas.values()}
-    known = [
-        node for node in snapshot.nodes.values() if node.state is not NodeState.LOST or node.name in holding
-    ]
+    known = [node for node in nodes.values() if node.state is not NodeState.LOST or node.name in holding]
     silent = [node for node in known if node.state is not NodeState.READY]
     if not silent or len(silent) <= policy.frozen_share * len(known):
         return ""

@@ -9,7 +9,10 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from enum import Enum
 
-from core.states import DeviceKind, Engine, NodeState, ReplicaState
+from core.states import DeviceKind, Engine, NodeState, ReplicaState, TaintEffect
+
+PRIORITY_DEFAULT = 5
+"""Of a deployment that does not say; the middle of 1 to 10."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,20 +40,47 @@ class Policy:
 
 
 @dataclass(frozen=True, slots=True)
+class Toleration:
+    """A taint that does not keep replicas away; an empty value tolerates every value."""
+
+    key: str
+    value: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Taint:
+    """Keeps replicas that do not tolerate it off a node."""
+
+    key: str
+    value: str
+    effect: TaintEffect
+
+    def tolerated_by(self, tolerations: tuple[Toleration, ...]) -> bool:
+        """True when one of them names this taint."""
+        return any(each.key == self.key and each.value in {"", self.value} for each in tolerations)
+
+
+@dataclass(frozen=True, slots=True)
 class Need:
-    """What one replica takes.
+    """What one replica takes, and where it may go. Equal needs are placed alike.
 
     Attributes:
         engine: Program that serves it.
         device_kinds: Kinds of device that can run it, best first; empty for no device.
-        device_count: Equal devices of one node.
+        device_count: Equal devices of one node: all of them or none.
         memory_bytes: Memory over all devices.
+        model: What is loaded, for nodes that hold its weights already; empty where that is not known.
+        node_selector: Labels that a node must carry, sorted.
+        tolerations: Taints that do not keep it away.
     """
 
     engine: Engine
     device_kinds: tuple[DeviceKind, ...] = ()
     device_count: int = 0
     memory_bytes: int = 0
+    model: str = ""
+    node_selector: tuple[tuple[str, str], ...] = ()
+    tolerations: tuple[Toleration, ...] = ()
 
     @property
     def device_memory_bytes(self) -> int:
@@ -80,6 +110,66 @@ class Failure:
 
 
 @dataclass(frozen=True, slots=True)
+class Claim:
+    """Memory taken on a device."""
+
+    device_id: str
+    memory_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Pin:
+    """Devices of one replica, chosen by hand."""
+
+    node: str
+    device_ids: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Reservation:
+    """Room that is kept for a replica until those that it pre-empted have ended.
+
+    Attributes:
+        node: Where.
+        claims: What is kept.
+        victims: Replicas that make room, by name.
+        deadline: When the last of them is stopped at the latest.
+    """
+
+    node: str
+    claims: tuple[Claim, ...]
+    victims: tuple[str, ...]
+    deadline: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Preemption:
+    """How a deployment lost a replica to a more important one; remembered until all are placed again.
+
+    Attributes:
+        by: `namespace/name` of the deployment that took the room.
+        by_priority: Its priority then.
+        replica: Which replica made room.
+        node: Where.
+        time: When.
+    """
+
+    by: str
+    by_priority: int
+    replica: str
+    node: str
+    time: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Quota:
+    """What a namespace may hold; None is unbounded."""
+
+    devices: int | None = None
+    replicas: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class DeploymentView:
     """What a user wants, and what was concluded about it before.
 
@@ -93,6 +183,10 @@ class DeploymentView:
         external_urls: URLs of an external deployment: one replica each.
         failure: The last failure; None where none is remembered.
         observed_generation: Generation of the previous conclusion; 0 without one.
+        priority: 1, least, to 10.
+        pins: Devices chosen by hand, one entry a replica.
+        reservations: Room that is kept for its replicas.
+        preemption: How it last lost a replica to a more important deployment; None where that is over.
     """
 
     key: str
@@ -104,6 +198,15 @@ class DeploymentView:
     external_urls: tuple[str, ...] = ()
     failure: Failure | None = None
     observed_generation: int = 0
+    priority: int = PRIORITY_DEFAULT
+    pins: tuple[Pin, ...] = ()
+    reservations: tuple[Reservation, ...] = ()
+    preemption: Preemption | None = None
+
+    @property
+    def namespace(self) -> str:
+        """Tenant that owns it."""
+        return self.key.partition("/")[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +229,20 @@ class EngineView:
 
 @dataclass(frozen=True, slots=True)
 class NodeView:
-    """A machine, as the control plane believes it to be."""
+    """A machine, as the control plane believes it to be.
+
+    Attributes:
+        name: Which.
+        state: Whether it answers.
+        cordoned: Takes no new replicas.
+        draining: Its replicas are moved away.
+        devices: What it has.
+        engines: What it can start.
+        labels: Those of the agent and of operators.
+        taints: What keeps replicas off it.
+        cached_models: Models whose weights it holds.
+        heat: How busy its devices were when last told, 0 to 1; None where that is not known.
+    """
 
     name: str
     state: NodeState
@@ -134,14 +250,10 @@ class NodeView:
     draining: bool = False
     devices: tuple[DeviceView, ...] = ()
     engines: tuple[EngineView, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Claim:
-    """Memory taken on a device."""
-
-    device_id: str
-    memory_bytes: int
+    labels: frozenset[tuple[str, str]] = frozenset()
+    taints: tuple[Taint, ...] = ()
+    cached_models: frozenset[str] = frozenset()
+    heat: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +277,7 @@ class ReplicaView:
         ready_time: When it first served; None if never.
         drain_deadline: When it is stopped at the latest; None while it serves.
         message: What the agent says.
+        preempted_by: `namespace/name` of the deployment that it makes room for; empty for none.
     """
 
     replica: str
@@ -183,6 +296,7 @@ class ReplicaView:
     ready_time: datetime | None = None
     drain_deadline: datetime | None = None
     message: str = ""
+    preempted_by: str = ""
 
     @property
     def serves(self) -> bool:
@@ -197,6 +311,7 @@ class Snapshot:
     deployments: Mapping[str, DeploymentView] = field(default_factory=dict)
     nodes: Mapping[str, NodeView] = field(default_factory=dict)
     replicas: Mapping[str, ReplicaView] = field(default_factory=dict)
+    quotas: Mapping[str, Quota] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,12 +328,21 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Drain:
-    """Let a replica finish and end."""
+    """Let a replica finish and end.
+
+    Attributes:
+        replica: Which.
+        deployment: Its owner.
+        deadline: When it is stopped at the latest.
+        why: In words.
+        preempted_by: `namespace/name` of the deployment that it makes room for; empty for none.
+    """
 
     replica: str
     deployment: str
     deadline: datetime
     why: str
+    preempted_by: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,6 +388,8 @@ class Conclusion:
     available: Condition
     failure: Failure | None = None
     pending: int = 0
+    reservations: tuple[Reservation, ...] = ()
+    preemption: Preemption | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,7 +400,7 @@ class Plan:
         place: Replicas to start.
         drain: Replicas to let finish.
         remove: Replicas to forget.
-        conclusions: What to tell users, one for each deployment.
+        conclusions: What to tell users: one for each deployment that was looked at.
         retry_after: When time alone can change the plan; None when only an event can.
         frozen: Why rescheduling off silent nodes is suspended; empty when it is not.
     """

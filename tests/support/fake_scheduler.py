@@ -30,6 +30,7 @@ from millrace.scheduler.v1.scheduler_service_pb2_grpc import (
 from core import errors
 from core.identity import Principal, Role, TokenAuthenticator
 from core.rpc import RpcServer, start_server
+from tests.support.fake_nodes import FakeNodes
 
 SERVICE = "millrace.scheduler.v1.SchedulerService"
 ADMIN_TOKEN = "admin-token-of-the-test"
@@ -44,8 +45,9 @@ READS = (
     "WatchEvents",
     "ListNodes",
     "GetNode",
+    "PlanDeployments",
 )
-OPERATIONS = ("CordonNode", "DrainNode")
+OPERATIONS = ("CordonNode", "DrainNode", "UpdateNode")
 
 Key = tuple[str, str]
 
@@ -74,7 +76,7 @@ class _Watcher:
         return self.namespace in {"", deployment.namespace} and self.name in {"", deployment.name}
 
 
-class FakeScheduler(SchedulerServiceServicer):
+class FakeScheduler(FakeNodes, SchedulerServiceServicer):
     """Holds deployments, nodes, events and log lines.
 
     Attributes:
@@ -427,11 +429,6 @@ class FakeScheduler(SchedulerServiceServicer):
             next_page_token=str(end) if end < len(names) else "",
             resource_version=str(self.revision),
         )
-
-    def _node(self, name: str) -> Node:
-        if name not in self.nodes:
-            raise errors.NotFound(f"node {name} does not exist", metadata={"node": name})
-        return self.nodes[name]
 
     async def GetNode(  # noqa: N802 - the contract's spelling
         self, request: messages.GetNodeRequest, context: Any

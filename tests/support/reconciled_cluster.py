@@ -70,10 +70,16 @@ class ReconciledCluster:
         await self.put(keys.spec_node(name), records_pb2.NodeRecord(node=name, spec=spec))
 
     async def declare(
-        self, name: str, *, replicas: int = 1, memory_gib: int = 4, urls: list[str] | None = None
+        self,
+        name: str,
+        *,
+        replicas: int = 1,
+        memory_gib: int = 4,
+        urls: list[str] | None = None,
+        priority: int | None = None,
     ) -> records_pb2.DeploymentRecord:
         engine = types_pb2.ENGINE_VLLM if urls is None else types_pb2.ENGINE_EXTERNAL
-        spec = deployment_pb2.DeploymentSpec(model="org/model", engine=engine)
+        spec = deployment_pb2.DeploymentSpec(model="org/model", engine=engine, priority=priority)
         sizing = sizing_pb2.Sizing()
         if urls is None:
             spec.replicas = replicas
@@ -183,7 +189,11 @@ class ReconciledCluster:
             if state >= types_pb2.REPLICA_STATE_STOPPED:
                 continue
             if assignment.desired_state == types_pb2.REPLICA_STATE_DRAINING:
-                await self.report(assignment, types_pb2.REPLICA_STATE_STOPPED)
+                pre_empted = bool(assignment.preempted_by)
+                await self.report(
+                    assignment,
+                    types_pb2.REPLICA_STATE_PREEMPTED if pre_empted else types_pb2.REPLICA_STATE_STOPPED,
+                )
             elif state < types_pb2.REPLICA_STATE_STARTING:
                 await self.report(assignment, types_pb2.REPLICA_STATE_STARTING)
             elif state == types_pb2.REPLICA_STATE_STARTING:

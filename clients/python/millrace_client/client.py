@@ -17,7 +17,7 @@ from google.protobuf.field_mask_pb2 import FieldMask
 from google.protobuf.struct_pb2 import Struct
 from millrace.core.v1.deployment_pb2 import Deployment, DeploymentSpec
 from millrace.core.v1.event_pb2 import Event
-from millrace.core.v1.node_pb2 import Node
+from millrace.core.v1.node_pb2 import Node, NodeSpec
 from millrace.scheduler.v1 import scheduler_service_pb2 as messages
 from millrace.scheduler.v1.scheduler_service_pb2_grpc import SchedulerServiceStub
 
@@ -357,6 +357,27 @@ class MillraceClient:
             patience_seconds=patience_seconds,
         )
 
+    async def plan(
+        self,
+        models: Iterable[messages.DeclaredModel],
+        *,
+        namespace: str = "",
+        timeout_seconds: float = DECLARE_TIMEOUT_SECONDS,
+    ) -> messages.PlanDeploymentsResponse:
+        """Says what a declaration would take, whom it would pre-empt and why, and changes nothing.
+
+        Args:
+            models: As `declare` takes them; a name that exists is planned as an update.
+            namespace: Tenant; empty plans for one without deployments or quota.
+            timeout_seconds: Budget of the call; sizing may have to read configurations from a hub.
+
+        Raises:
+            InvalidArgument: A field is wrong.
+            FailedPrecondition: No node, or the quota, could ever hold a model.
+        """
+        request = messages.PlanDeploymentsRequest(models=models, namespace=namespace)
+        return await self._caller.call(self._stub.PlanDeployments, request, timeout_seconds=timeout_seconds)
+
     async def nodes(self) -> tuple[Node, ...]:
         """Lists the nodes, every page of them."""
         found: tuple[Node, ...] = ()
@@ -392,6 +413,39 @@ class MillraceClient:
             name=name, cordoned=cordoned, etag=etag, request_id=_request_id(), validate_only=validate_only
         )
         return (await self._caller.call(self._stub.CordonNode, request)).node
+
+    async def update_node(
+        self,
+        name: str,
+        spec: NodeSpec,
+        *,
+        fields: Iterable[str],
+        etag: str = "",
+        validate_only: bool = False,
+    ) -> Node:
+        """Replaces an operator's labels or taints of a node, each as a whole.
+
+        Args:
+            name: Node.
+            spec: New values.
+            fields: `labels`, `taints`, or both.
+            etag: Version that the change is based on; empty takes the current one.
+            validate_only: Check, and change nothing.
+
+        Raises:
+            NotFound: There is none.
+            Conflict: The etag is not the current one.
+            InvalidArgument: A label or taint is wrong.
+        """
+        request = messages.UpdateNodeRequest(
+            name=name,
+            spec=spec,
+            update_mask=FieldMask(paths=list(fields)),
+            etag=etag,
+            request_id=_request_id(),
+            validate_only=validate_only,
+        )
+        return (await self._caller.call(self._stub.UpdateNode, request)).node
 
     async def drain(
         self, name: str, *, etag: str = "", validate_only: bool = False

@@ -17,6 +17,7 @@ from core import states
         (states.Engine, types_pb2.Engine, "ENGINE_"),
         (states.Quantization, types_pb2.Quantization, "QUANTIZATION_"),
         (states.DeviceKind, types_pb2.DeviceKind, "DEVICE_KIND_"),
+        (states.TaintEffect, types_pb2.TaintEffect, "TAINT_EFFECT_"),
     ],
 )
 def test_same_names_and_numbers(plain: type[IntEnum], wire: "EnumTypeWrapper", prefix: str) -> None:

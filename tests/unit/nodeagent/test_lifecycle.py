@@ -314,6 +314,14 @@ async def test_drain_before_ready_stops_at_once(stage: Stage) -> None:
     assert not stage.runtime.commands
 
 
+async def test_a_replica_that_makes_room_for_another_says_so(stage: Stage) -> None:
+    await stage.bring_up()
+    stage.replica.assignment.preempted_by = "team/urgent"
+    stage.order_drain()
+    await stage.pass_time(60)
+    assert stage.state() == ReplicaState.PREEMPTED
+
+
 async def test_removed_replica_is_terminated_then_killed(stage: Stage) -> None:
     await stage.bring_up()
     stage.process.obedient = False

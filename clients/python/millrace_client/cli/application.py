@@ -11,7 +11,7 @@ from typing import Any
 
 import typer
 
-from millrace_client.cli import local, nodes
+from millrace_client.cli import local, nodes, plan
 from millrace_client.cli.apply import apply
 from millrace_client.cli.chat import chat
 from millrace_client.cli.describe import describe
@@ -29,6 +29,7 @@ Declare a model, and talk to it:
 \b
   millrace up                             start a whole Millrace on this machine
   millrace size Qwen/Qwen2.5-7B-Instruct  see what a model needs; no cluster is asked
+  millrace plan qwen.json                 see where it would run, and who would make room
   millrace apply -f qwen.json --wait      declare a model and wait until it answers
   millrace chat qwen -m "Hello"           talk to it
   millrace describe qwen                  see what it needs, where it runs, and why
@@ -73,4 +74,5 @@ local.register(application)
 for _function in (apply, get, describe, chat, logs, events, scale, delete):
     application.command(_function.__name__)(_function)
 nodes.register(application)
+plan.register(application)
 application.command("version")(show_version)

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 # The spec may be changed by others between our read and our write; more than this is a fight.
 ATTEMPTS_MAX = 3
+# What the server takes where a spec does not say.
+PRIORITY_DEFAULT = 5
 
 
 @dataclass(slots=True)
@@ -228,6 +230,8 @@ def changed_fields(current: "DeploymentSpec", entry: "ModelEntry") -> "tuple[Dep
         max_model_len=declared.max_model_len if declared.HasField("max_model_len") else None,
         replicas=declared.replicas if declared.HasField("replicas") else None,
         extra_args=declared.extra_args if declared.HasField("extra_args") else None,
+        priority=declared.priority if declared.HasField("priority") else None,
+        placement=declared.placement if declared.HasField("placement") else None,
     )
     changed: list[str] = []
     if wanted.model != current.model:
@@ -247,6 +251,10 @@ def changed_fields(current: "DeploymentSpec", entry: "ModelEntry") -> "tuple[Dep
         changed.append("replicas")
     if MessageToDict(wanted.extra_args) != MessageToDict(current.extra_args):
         changed.append("extra_args")
+    if (wanted.priority or PRIORITY_DEFAULT) != (current.priority or PRIORITY_DEFAULT):
+        changed.append("priority")
+    if wanted.placement != current.placement:
+        changed.append("placement")
     return wanted, changed
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from millrace_client.cli.placement import placement_message, placement_problems
 from millrace_client.errors import FieldViolation, InvalidArgument
 
 if TYPE_CHECKING:
@@ -29,7 +30,17 @@ VIOLATIONS_SHOWN_MAX = 5
 INT32_MAX = 2**31 - 1
 
 DOCUMENT_FIELDS = ("models", "namespace", "metadata")
-MODEL_FIELDS = ("name", "model", "engine", "quantization", "max_model_len", "replicas", "extra_args")
+MODEL_FIELDS = (
+    "name",
+    "model",
+    "engine",
+    "quantization",
+    "max_model_len",
+    "replicas",
+    "extra_args",
+    "priority",
+    "placement",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +54,8 @@ class ModelEntry:
     max_model_len: int | None
     replicas: int | None
     extra_args: dict[str, Any]
+    priority: int | None = None
+    placement: dict[str, Any] | None = None
 
     def message(self) -> "DeclaredModel":
         """Returns the entry as the contract has it."""
@@ -56,7 +69,10 @@ class ModelEntry:
             quantization=enum_number("quantization", self.quantization),  # type: ignore[arg-type]
             max_model_len=self.max_model_len,
             replicas=self.replicas,
+            priority=self.priority,
         )
+        if self.placement is not None:
+            declared.placement.CopyFrom(placement_message(self.placement))
         if self.extra_args:
             arguments = Struct()
             arguments.update(self.extra_args)
@@ -276,7 +292,19 @@ class _Checker:
             max_model_len=self._integer(value, "max_model_len", prefix, minimum=1),
             replicas=self._integer(value, "replicas", prefix, minimum=0),
             extra_args=self._object(value, "extra_args", prefix),
+            priority=self._integer(value, "priority", prefix, minimum=1),
+            placement=self._placement(value, prefix),
         )
+
+    def _placement(self, value: dict[Any, Any], prefix: str) -> dict[str, Any] | None:
+        """Checks the shape of a placement; what its labels and devices mean is the server's to judge."""
+        if value.get("placement") is None:
+            return None
+        found = self._object(value, "placement", prefix)
+        before = len(self._violations)
+        for field, description in placement_problems(found, f"{prefix}placement"):
+            self._wrong(field, description)
+        return found if len(self._violations) == before else None
 
     def _required_text(self, value: dict[Any, Any], field: str, prefix: str) -> str:
         found = value.get(field)

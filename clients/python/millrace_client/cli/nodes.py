@@ -1,4 +1,4 @@
-"""`millrace nodes`, `cordon`, `uncordon`, `drain`: the machines.
+"""`millrace nodes`, `cordon`, `uncordon`, `drain`, `label`, `taint`: the machines.
 
 In come node names, out come tables of what the machines have and hold, or what was changed. Nothing here
 decides where replicas go: it tells the control plane what an operator wants of a node.
@@ -13,6 +13,8 @@ from millrace_client.cli.session import Session, command
 
 if TYPE_CHECKING:
     from millrace.core.v1.node_pb2 import Node
+
+    from millrace_client.client import MillraceClient
 
 NodeName = Annotated[str, typer.Argument(help="Node.", metavar="NODE")]
 COLUMNS = ("NAME", "STATE", "SCHEDULING", "DEVICES", "MEMORY", "ENGINES", "REPLICAS", "HEARD", "VERSION")
@@ -100,9 +102,87 @@ def drain(session: Session, name: NodeName) -> None:
         session.write("  nothing runs on it")
 
 
+@command
+def label(
+    session: Session,
+    name: NodeName,
+    changes: Annotated[
+        list[str], typer.Argument(help="KEY=VALUE, or KEY- to take it away.", metavar="CHANGE...")
+    ],
+) -> None:
+    """Set or take away labels of a node, for `placement.node_selector`.
+
+    Examples:
+      millrace label node-1 zone=north disk=nvme
+      millrace label node-1 disk-
+    """
+    from millrace.core.v1.node_pb2 import NodeSpec
+
+    from millrace_client.cli.placement import parse_labels
+
+    wanted, gone = parse_labels(changes)
+
+    async def change(client: "MillraceClient") -> "Node":
+        node = await client.node(name)
+        kept = {key: value for key, value in node.spec.labels.items() if key not in gone}
+        spec = NodeSpec(labels={**kept, **wanted})
+        return await client.update_node(name, spec, fields=("labels",), etag=node.etag)
+
+    _changed(session, session.run(change))
+
+
+@command
+def taint(
+    session: Session,
+    name: NodeName,
+    changes: Annotated[
+        list[str], typer.Argument(help="KEY=VALUE:EFFECT, or KEY- to take it away.", metavar="CHANGE...")
+    ],
+) -> None:
+    """Set or take away taints of a node; replicas that do not tolerate them stay off it.
+
+    Examples:
+      millrace taint node-1 dedicated=research:no_schedule
+      millrace taint node-1 maintenance:no_execute
+      millrace taint node-1 dedicated-
+    """
+    from millrace.core.v1.node_pb2 import NodeSpec
+
+    from millrace_client.cli.placement import parse_taints
+
+    wanted, gone = parse_taints(changes)
+    replaced = {(each.key, each.effect) for each in wanted}
+
+    async def change(client: "MillraceClient") -> "Node":
+        node = await client.node(name)
+        kept = [
+            each
+            for each in node.spec.taints
+            if each.key not in gone and (each.key, each.effect) not in replaced
+        ]
+        spec = NodeSpec(taints=[*kept, *wanted])
+        return await client.update_node(name, spec, fields=("taints",), etag=node.etag)
+
+    _changed(session, session.run(change))
+
+
+def _changed(session: Session, node: "Node") -> None:
+    from millrace_client.cli.render import enum_name, message_data
+
+    if session.structured:
+        session.emit(message_data(node))
+        return
+    labels = ", ".join(f"{key}={value}" for key, value in sorted(node.spec.labels.items()))
+    taints = ", ".join(
+        f"{each.key}{'=' if each.value else ''}{each.value}:{enum_name(each, 'effect').lower()}"
+        for each in node.spec.taints
+    )
+    session.write(f"node {node.name} labels: {labels or 'none'}; taints: {taints or 'none'}")
+
+
 def register(application: typer.Typer) -> None:
     """Adds the commands, at the top and in the group `nodes`."""
-    for function in (cordon, uncordon, drain):
+    for function in (cordon, uncordon, drain, label, taint):
         group.command(function.__name__)(function)
         application.command(function.__name__)(function)
     application.add_typer(group, name="nodes")

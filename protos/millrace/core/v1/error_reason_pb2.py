@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#millrace/core/v1/error_reason.proto\x12\x10millrace.core.v1*\x8d\x04\n\x0b\x45rrorReason\x12\x1c\n\x18\x45RROR_REASON_UNSPECIFIED\x10\x00\x12#\n\x1f\x45RROR_REASON_CREDENTIAL_MISSING\x10\x01\x12#\n\x1f\x45RROR_REASON_CREDENTIAL_INVALID\x10\x02\x12\"\n\x1e\x45RROR_REASON_ROLE_INSUFFICIENT\x10\x03\x12\x1e\n\x1a\x45RROR_REASON_FIELD_INVALID\x10\x04\x12 \n\x1c\x45RROR_REASON_MODEL_NOT_FOUND\x10\x05\x12#\n\x1f\x45RROR_REASON_MODEL_DOES_NOT_FIT\x10\x06\x12\x1f\n\x1b\x45RROR_REASON_ALREADY_EXISTS\x10\x07\x12\x1a\n\x16\x45RROR_REASON_NOT_FOUND\x10\x08\x12\x1e\n\x1a\x45RROR_REASON_ETAG_MISMATCH\x10\t\x12)\n%ERROR_REASON_RESOURCE_VERSION_TOO_OLD\x10\n\x12\"\n\x1e\x45RROR_REASON_STORE_UNAVAILABLE\x10\x0b\x12 \n\x1c\x45RROR_REASON_SESSION_INVALID\x10\x0c\x12\"\n\x1e\x45RROR_REASON_AGENT_UNREACHABLE\x10\r\x12\x19\n\x15\x45RROR_REASON_CONFLICT\x10\x0e\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n#millrace/core/v1/error_reason.proto\x12\x10millrace.core.v1*\xae\x04\n\x0b\x45rrorReason\x12\x1c\n\x18\x45RROR_REASON_UNSPECIFIED\x10\x00\x12#\n\x1f\x45RROR_REASON_CREDENTIAL_MISSING\x10\x01\x12#\n\x1f\x45RROR_REASON_CREDENTIAL_INVALID\x10\x02\x12\"\n\x1e\x45RROR_REASON_ROLE_INSUFFICIENT\x10\x03\x12\x1e\n\x1a\x45RROR_REASON_FIELD_INVALID\x10\x04\x12 \n\x1c\x45RROR_REASON_MODEL_NOT_FOUND\x10\x05\x12#\n\x1f\x45RROR_REASON_MODEL_DOES_NOT_FIT\x10\x06\x12\x1f\n\x1b\x45RROR_REASON_ALREADY_EXISTS\x10\x07\x12\x1a\n\x16\x45RROR_REASON_NOT_FOUND\x10\x08\x12\x1e\n\x1a\x45RROR_REASON_ETAG_MISMATCH\x10\t\x12)\n%ERROR_REASON_RESOURCE_VERSION_TOO_OLD\x10\n\x12\"\n\x1e\x45RROR_REASON_STORE_UNAVAILABLE\x10\x0b\x12 \n\x1c\x45RROR_REASON_SESSION_INVALID\x10\x0c\x12\"\n\x1e\x45RROR_REASON_AGENT_UNREACHABLE\x10\r\x12\x19\n\x15\x45RROR_REASON_CONFLICT\x10\x0e\x12\x1f\n\x1b\x45RROR_REASON_QUOTA_EXCEEDED\x10\x14\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -32,5 +32,5 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'millrace.core.v1.error_reas
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_ERRORREASON']._serialized_start=58
-  _globals['_ERRORREASON']._serialized_end=583
+  _globals['_ERRORREASON']._serialized_end=616
 # @@protoc_insertion_point(module_scope)

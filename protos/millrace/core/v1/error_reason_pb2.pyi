@@ -80,6 +80,10 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """A resource changed under the call more often than it retries. ABORTED.
     Example: {"reason": "ERROR_REASON_CONFLICT", "domain": "millrace", "metadata": {"namespace": "team-ai", "deployment": "qwen"}}
     """
+    ERROR_REASON_QUOTA_EXCEEDED: _ErrorReason.ValueType  # 20
+    """The namespace's quota could never hold what is declared. FAILED_PRECONDITION.
+    Example: {"reason": "ERROR_REASON_QUOTA_EXCEEDED", "domain": "millrace", "metadata": {"field": "models[0].replicas", "namespace": "team-ai", "needed": "6", "quota": "4"}}
+    """
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """ErrorReason enumerates `google.rpc.ErrorInfo.reason`; the domain is always `millrace`. Everything that
@@ -143,5 +147,9 @@ Example: {"reason": "ERROR_REASON_AGENT_UNREACHABLE", "domain": "millrace", "met
 ERROR_REASON_CONFLICT: ErrorReason.ValueType  # 14
 """A resource changed under the call more often than it retries. ABORTED.
 Example: {"reason": "ERROR_REASON_CONFLICT", "domain": "millrace", "metadata": {"namespace": "team-ai", "deployment": "qwen"}}
+"""
+ERROR_REASON_QUOTA_EXCEEDED: ErrorReason.ValueType  # 20
+"""The namespace's quota could never hold what is declared. FAILED_PRECONDITION.
+Example: {"reason": "ERROR_REASON_QUOTA_EXCEEDED", "domain": "millrace", "metadata": {"field": "models[0].replicas", "namespace": "team-ai", "needed": "6", "quota": "4"}}
 """
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015

@@ -198,6 +198,7 @@ class NodeInventory(_message.Message):
     MEMORY_BYTES_FIELD_NUMBER: _builtins.int
     PROCESSORS_FIELD_NUMBER: _builtins.int
     LABELS_FIELD_NUMBER: _builtins.int
+    CACHED_MODELS_FIELD_NUMBER: _builtins.int
     node: _builtins.str
     """Node name."""
     version: _builtins.str
@@ -222,6 +223,10 @@ class NodeInventory(_message.Message):
     def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """Labels that the agent was started with."""
 
+    @_builtins.property
+    def cached_models(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Models whose weights the machine holds, as deployments name them; at most 1000."""
+
     def __init__(
         self,
         *,
@@ -234,10 +239,11 @@ class NodeInventory(_message.Message):
         memory_bytes: _builtins.int = ...,
         processors: _builtins.int = ...,
         labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        cached_models: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["advertise_host", b"advertise_host", "agent_target", b"agent_target", "devices", b"devices", "engines", b"engines", "labels", b"labels", "memory_bytes", b"memory_bytes", "node", b"node", "processors", b"processors", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["advertise_host", b"advertise_host", "agent_target", b"agent_target", "cached_models", b"cached_models", "devices", b"devices", "engines", b"engines", "labels", b"labels", "memory_bytes", b"memory_bytes", "node", b"node", "processors", b"processors", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

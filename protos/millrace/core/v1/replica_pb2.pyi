@@ -39,6 +39,7 @@ class ReplicaAssignment(_message.Message):
     DRAIN_DEADLINE_TIME_FIELD_NUMBER: _builtins.int
     FENCING_TOKEN_FIELD_NUMBER: _builtins.int
     CREATE_TIME_FIELD_NUMBER: _builtins.int
+    PREEMPTED_BY_FIELD_NUMBER: _builtins.int
     namespace: _builtins.str
     """Owning tenant."""
     deployment: _builtins.str
@@ -57,6 +58,8 @@ class ReplicaAssignment(_message.Message):
     """Fencing token of the leader that wrote it. An agent ignores an order for this replica with a smaller one
     than the last that it obeyed.
     """
+    preempted_by: _builtins.str
+    """Deployment for which it makes room, as `namespace/name`; a replica that drains for one ends PREEMPTED."""
     @_builtins.property
     def devices(self) -> _containers.RepeatedCompositeFieldContainer[Global___DeviceClaim]:
         """Devices and how much of each."""
@@ -88,10 +91,11 @@ class ReplicaAssignment(_message.Message):
         drain_deadline_time: _timestamp_pb2.Timestamp | None = ...,
         fencing_token: _builtins.int = ...,
         create_time: _timestamp_pb2.Timestamp | None = ...,
+        preempted_by: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "drain_deadline_time", b"drain_deadline_time", "launch", b"launch"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "deployment", b"deployment", "deployment_uid", b"deployment_uid", "desired_state", b"desired_state", "devices", b"devices", "drain_deadline_time", b"drain_deadline_time", "fencing_token", b"fencing_token", "generation", b"generation", "launch", b"launch", "namespace", b"namespace", "node", b"node", "replica", b"replica"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "deployment", b"deployment", "deployment_uid", b"deployment_uid", "desired_state", b"desired_state", "devices", b"devices", "drain_deadline_time", b"drain_deadline_time", "fencing_token", b"fencing_token", "generation", b"generation", "launch", b"launch", "namespace", b"namespace", "node", b"node", "preempted_by", b"preempted_by", "replica", b"replica"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -138,6 +142,7 @@ class LaunchSpec(_message.Message):
     KV_CACHE_BYTES_FIELD_NUMBER: _builtins.int
     EXTRA_ARGS_FIELD_NUMBER: _builtins.int
     EXTERNAL_URL_FIELD_NUMBER: _builtins.int
+    IMAGE_FAMILY_FIELD_NUMBER: _builtins.int
     engine: _types_pb2.Engine.ValueType
     """Which engine."""
     model: _builtins.str
@@ -154,6 +159,10 @@ class LaunchSpec(_message.Message):
     """Key/value cache to set aside, bytes; 0 leaves it to the engine."""
     external_url: _builtins.str
     """External engines only: the URL to probe and serve."""
+    image_family: _builtins.str
+    """Family of environments or images that suits the node's hardware, such as `cuda-12.8`; empty where the
+    knowledge base has no row for it. The arguments that the hardware asks for are in extra_args already.
+    """
     @_builtins.property
     def extra_args(self) -> _struct_pb2.Struct:
         """Engine arguments by name, over anything that was worked out."""
@@ -170,10 +179,11 @@ class LaunchSpec(_message.Message):
         kv_cache_bytes: _builtins.int = ...,
         extra_args: _struct_pb2.Struct | None = ...,
         external_url: _builtins.str = ...,
+        image_family: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["extra_args", b"extra_args"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["engine", b"engine", "external_url", b"external_url", "extra_args", b"extra_args", "kv_cache_bytes", b"kv_cache_bytes", "max_model_len", b"max_model_len", "model", b"model", "quantization", b"quantization", "served_model_name", b"served_model_name", "tensor_parallel", b"tensor_parallel"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["engine", b"engine", "external_url", b"external_url", "extra_args", b"extra_args", "image_family", b"image_family", "kv_cache_bytes", b"kv_cache_bytes", "max_model_len", b"max_model_len", "model", b"model", "quantization", b"quantization", "served_model_name", b"served_model_name", "tensor_parallel", b"tensor_parallel"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -27,79 +27,93 @@ from google.protobuf import struct_pb2 as google_dot_protobuf_dot_struct__pb2
 from millrace.core.v1 import deployment_pb2 as millrace_dot_core_dot_v1_dot_deployment__pb2
 from millrace.core.v1 import event_pb2 as millrace_dot_core_dot_v1_dot_event__pb2
 from millrace.core.v1 import node_pb2 as millrace_dot_core_dot_v1_dot_node__pb2
+from millrace.core.v1 import policy_pb2 as millrace_dot_core_dot_v1_dot_policy__pb2
+from millrace.core.v1 import replica_pb2 as millrace_dot_core_dot_v1_dot_replica__pb2
 from millrace.core.v1 import sizing_pb2 as millrace_dot_core_dot_v1_dot_sizing__pb2
 from millrace.core.v1 import types_pb2 as millrace_dot_core_dot_v1_dot_types__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n-millrace/scheduler/v1/scheduler_service.proto\x12\x15millrace.scheduler.v1\x1a google/protobuf/field_mask.proto\x1a\x1cgoogle/protobuf/struct.proto\x1a!millrace/core/v1/deployment.proto\x1a\x1cmillrace/core/v1/event.proto\x1a\x1bmillrace/core/v1/node.proto\x1a\x1dmillrace/core/v1/sizing.proto\x1a\x1cmillrace/core/v1/types.proto\"\x8b\x02\n\rDeclaredModel\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12(\n\x06\x65ngine\x18\x03 \x01(\x0e\x32\x18.millrace.core.v1.Engine\x12\x34\n\x0cquantization\x18\x04 \x01(\x0e\x32\x1e.millrace.core.v1.Quantization\x12\x1a\n\rmax_model_len\x18\x05 \x01(\x05H\x00\x88\x01\x01\x12\x15\n\x08replicas\x18\x06 \x01(\x05H\x01\x88\x01\x01\x12+\n\nextra_args\x18\x07 \x01(\x0b\x32\x17.google.protobuf.StructB\x10\n\x0e_max_model_lenB\x0b\n\t_replicas\"\xba\x01\n\x19\x44\x65\x63lareDeploymentsRequest\x12\x34\n\x06models\x18\x01 \x03(\x0b\x32$.millrace.scheduler.v1.DeclaredModel\x12\x11\n\tnamespace\x18\x02 \x01(\t\x12)\n\x08metadata\x18\x03 \x01(\x0b\x32\x17.google.protobuf.Struct\x12\x12\n\nrequest_id\x18\x04 \x01(\t\x12\x15\n\rvalidate_only\x18\x05 \x01(\x08\"\xa6\x01\n\x12\x44\x65\x63laredDeployment\x12\x30\n\ndeployment\x18\x01 \x01(\x0b\x32\x1c.millrace.core.v1.Deployment\x12\x10\n\x08\x65ndpoint\x18\x02 \x01(\t\x12\x0f\n\x07\x61pi_key\x18\x03 \x01(\t\x12\x11\n\twatch_url\x18\x04 \x01(\t\x12(\n\x06sizing\x18\x05 \x01(\x0b\x32\x18.millrace.core.v1.Sizing\"o\n\x1a\x44\x65\x63lareDeploymentsResponse\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12>\n\x0b\x64\x65ployments\x18\x02 \x03(\x0b\x32).millrace.scheduler.v1.DeclaredDeployment\"7\n\x14GetDeploymentRequest\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\"I\n\x15GetDeploymentResponse\x12\x30\n\ndeployment\x18\x01 \x01(\x0b\x32\x1c.millrace.core.v1.Deployment\"R\n\x16ListDeploymentsRequest\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"\x7f\n\x17ListDeploymentsResponse\x12\x31\n\x0b\x64\x65ployments\x18\x01 \x03(\x0b\x32\x1c.millrace.core.v1.Deployment\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\x12\x18\n\x10resource_version\x18\x03 \x01(\t\"T\n\x17WatchDeploymentsRequest\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x18\n\x10resource_version\x18\x03 \x01(\t\"\xca\x01\n\x18WatchDeploymentsResponse\x12/\n\x07\x63hanged\x18\x01 \x01(\x0b\x32\x1c.millrace.core.v1.DeploymentH\x00\x12/\n\x07\x64\x65leted\x18\x02 \x01(\x0b\x32\x1c.millrace.core.v1.DeploymentH\x00\x12\x16\n\x0csnapshot_end\x18\x03 \x01(\x08H\x00\x12\x12\n\x08progress\x18\x04 \x01(\x08H\x00\x12\x18\n\x10resource_version\x18\x05 \x01(\tB\x06\n\x04kind\"\xd4\x01\n\x17UpdateDeploymentRequest\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12.\n\x04spec\x18\x03 \x01(\x0b\x32 .millrace.core.v1.DeploymentSpec\x12/\n\x0bupdate_mask\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\x12\x0c\n\x04\x65tag\x18\x05 \x01(\t\x12\x12\n\nrequest_id\x18\x06 \x01(\t\x12\x15\n\rvalidate_only\x18\x07 \x01(\x08\"L\n\x18UpdateDeploymentResponse\x12\x30\n\ndeployment\x18\x01 \x01(\x0b\x32\x1c.millrace.core.v1.Deployment\"\x84\x01\n\x16ScaleDeploymentRequest\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x10\n\x08replicas\x18\x03 \x01(\x05\x12\x0c\n\x04\x65tag\x18\x04 \x01(\t\x12\x12\n\nrequest_id\x18\x05 \x01(\t\x12\x15\n\rvalidate_only\x18\x06 \x01(\x08\"K\n\x17ScaleDeploymentResponse\x12\x30\n\ndeployment\x18\x01 \x01(\x0b\x32\x1c.millrace.core.v1.Deployment\"s\n\x17\x44\x65leteDeploymentRequest\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0c\n\x04\x65tag\x18\x03 \x01(\t\x12\x12\n\nrequest_id\x18\x04 \x01(\t\x12\x15\n\rvalidate_only\x18\x05 \x01(\x08\"\x1a\n\x18\x44\x65leteDeploymentResponse\";\n\x18\x45xplainDeploymentRequest\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\"b\n\x0fNodeExplanation\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\x0c\n\x04\x66its\x18\x02 \x01(\x08\x12\x13\n\x0b\x66\x61iled_rule\x18\x03 \x01(\t\x12\x0f\n\x07message\x18\x04 \x01(\t\x12\r\n\x05score\x18\x05 \x01(\x01\"\xa1\x01\n\x19\x45xplainDeploymentResponse\x12\x0f\n\x07summary\x18\x01 \x01(\t\x12\x35\n\x05nodes\x18\x02 \x03(\x0b\x32&.millrace.scheduler.v1.NodeExplanation\x12(\n\x06sizing\x18\x03 \x01(\x0b\x32\x18.millrace.core.v1.Sizing\x12\x12\n\nsuggestion\x18\x04 \x01(\t\"s\n\x1bStreamDeploymentLogsRequest\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0f\n\x07replica\x18\x03 \x01(\t\x12\x12\n\ntail_lines\x18\x04 \x01(\x05\x12\x0e\n\x06\x66ollow\x18\x05 \x01(\x08\"K\n\x1cStreamDeploymentLogsResponse\x12\x0f\n\x07replica\x18\x01 \x01(\t\x12\x0c\n\x04node\x18\x02 \x01(\t\x12\x0c\n\x04line\x18\x03 \x01(\t\"e\n\x12WatchEventsRequest\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12\x12\n\ndeployment\x18\x02 \x01(\t\x12\x0e\n\x06\x66ollow\x18\x03 \x01(\x08\x12\x18\n\x10resource_version\x18\x04 \x01(\t\"\x8d\x01\n\x13WatchEventsResponse\x12(\n\x05\x65vent\x18\x01 \x01(\x0b\x32\x17.millrace.core.v1.EventH\x00\x12\x16\n\x0csnapshot_end\x18\x02 \x01(\x08H\x00\x12\x12\n\x08progress\x18\x03 \x01(\x08H\x00\x12\x18\n\x10resource_version\x18\x04 \x01(\tB\x06\n\x04kind\"9\n\x10ListNodesRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"m\n\x11ListNodesResponse\x12%\n\x05nodes\x18\x01 \x03(\x0b\x32\x16.millrace.core.v1.Node\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\x12\x18\n\x10resource_version\x18\x03 \x01(\t\"\x1e\n\x0eGetNodeRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"7\n\x0fGetNodeResponse\x12$\n\x04node\x18\x01 \x01(\x0b\x32\x16.millrace.core.v1.Node\"l\n\x11\x43ordonNodeRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08\x63ordoned\x18\x02 \x01(\x08\x12\x0c\n\x04\x65tag\x18\x03 \x01(\t\x12\x12\n\nrequest_id\x18\x04 \x01(\t\x12\x15\n\rvalidate_only\x18\x05 \x01(\x08\":\n\x12\x43ordonNodeResponse\x12$\n\x04node\x18\x01 \x01(\x0b\x32\x16.millrace.core.v1.Node\"Y\n\x10\x44rainNodeRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04\x65tag\x18\x02 \x01(\t\x12\x12\n\nrequest_id\x18\x03 \x01(\t\x12\x15\n\rvalidate_only\x18\x04 \x01(\x08\"I\n\x11\x44rainNodeResponse\x12$\n\x04node\x18\x01 \x01(\x0b\x32\x16.millrace.core.v1.Node\x12\x0e\n\x06moving\x18\x02 \x03(\t2\x9f\x0c\n\x10SchedulerService\x12y\n\x12\x44\x65\x63lareDeployments\x12\x30.millrace.scheduler.v1.DeclareDeploymentsRequest\x1a\x31.millrace.scheduler.v1.DeclareDeploymentsResponse\x12j\n\rGetDeployment\x12+.millrace.scheduler.v1.GetDeploymentRequest\x1a,.millrace.scheduler.v1.GetDeploymentResponse\x12p\n\x0fListDeployments\x12-.millrace.scheduler.v1.ListDeploymentsRequest\x1a..millrace.scheduler.v1.ListDeploymentsResponse\x12u\n\x10WatchDeployments\x12..millrace.scheduler.v1.WatchDeploymentsRequest\x1a/.millrace.scheduler.v1.WatchDeploymentsResponse0\x01\x12s\n\x10UpdateDeployment\x12..millrace.scheduler.v1.UpdateDeploymentRequest\x1a/.millrace.scheduler.v1.UpdateDeploymentResponse\x12p\n\x0fScaleDeployment\x12-.millrace.scheduler.v1.ScaleDeploymentRequest\x1a..millrace.scheduler.v1.ScaleDeploymentResponse\x12s\n\x10\x44\x65leteDeployment\x12..millrace.scheduler.v1.DeleteDeploymentRequest\x1a/.millrace.scheduler.v1.DeleteDeploymentResponse\x12v\n\x11\x45xplainDeployment\x12/.millrace.scheduler.v1.ExplainDeploymentRequest\x1a\x30.millrace.scheduler.v1.ExplainDeploymentResponse\x12\x81\x01\n\x14StreamDeploymentLogs\x12\x32.millrace.scheduler.v1.StreamDeploymentLogsRequest\x1a\x33.millrace.scheduler.v1.StreamDeploymentLogsResponse0\x01\x12\x66\n\x0bWatchEvents\x12).millrace.scheduler.v1.WatchEventsRequest\x1a*.millrace.scheduler.v1.WatchEventsResponse0\x01\x12^\n\tListNodes\x12\'.millrace.scheduler.v1.ListNodesRequest\x1a(.millrace.scheduler.v1.ListNodesResponse\x12X\n\x07GetNode\x12%.millrace.scheduler.v1.GetNodeRequest\x1a&.millrace.scheduler.v1.GetNodeResponse\x12\x61\n\nCordonNode\x12(.millrace.scheduler.v1.CordonNodeRequest\x1a).millrace.scheduler.v1.CordonNodeResponse\x12^\n\tDrainNode\x12\'.millrace.scheduler.v1.DrainNodeRequest\x1a(.millrace.scheduler.v1.DrainNodeResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n-millrace/scheduler/v1/scheduler_service.proto\x12\x15millrace.scheduler.v1\x1a google/protobuf/field_mask.proto\x1a\x1cgoogle/protobuf/struct.proto\x1a!millrace/core/v1/deployment.proto\x1a\x1cmillrace/core/v1/event.proto\x1a\x1bmillrace/core/v1/node.proto\x1a\x1dmillrace/core/v1/policy.proto\x1a\x1emillrace/core/v1/replica.proto\x1a\x1dmillrace/core/v1/sizing.proto\x1a\x1cmillrace/core/v1/types.proto\"\xdf\x02\n\rDeclaredModel\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12(\n\x06\x65ngine\x18\x03 \x01(\x0e\x32\x18.millrace.core.v1.Engine\x12\x34\n\x0cquantization\x18\x04 \x01(\x0e\x32\x1e.millrace.core.v1.Quantization\x12\x1a\n\rmax_model_len\x18\x05 \x01(\x05H\x00\x88\x01\x01\x12\x15\n\x08replicas\x18\x06 \x01(\x05H\x01\x88\x01\x01\x12+\n\nextra_args\x18\x07 \x01(\x0b\x32\x17.google.protobuf.Struct\x12\x15\n\x08priority\x18\x08 \x01(\x05H\x02\x88\x01\x01\x12.\n\tplacement\x18\t \x01(\x0b\x32\x1b.millrace.core.v1.PlacementB\x10\n\x0e_max_model_lenB\x0b\n\t_replicasB\x0b\n\t_priority\"\xba\x01\n\x19\x44\x65\x63lareDeploymentsRequest\x12\x34\n\x06models\x18\x01 \x03(\x0b\x32$.millrace.scheduler.v1.DeclaredModel\x12\x11\n\tnamespace\x18\x02 \x01(\t\x12)\n\x08metadata\x18\x03 \x01(\x0b\x32\x17.google.protobuf.Struct\x12\x12\n\nrequest_id\x18\x04 \x01(\t\x12\x15\n\rvalidate_only\x18\x05 \x01(\x08\"\xa6\x01\n\x12\x44\x65\x63laredDeployment\x12\x30\n\ndeployment\x18\x01 \x01(\x0b\x32\x1c.millrace.core.v1.Deployment\x12\x10\n\x08\x65ndpoint\x18\x02 \x01(\t\x12\x0f\n\x07\x61pi_key\x18\x03 \x01(\t\x12\x11\n\twatch_url\x18\x04 \x01(\t\x12(\n\x06sizing\x18\x05 \x01(\x0b\x32\x18.millrace.core.v1.Sizing\"o\n\x1a\x44\x65\x63lareDeploymentsResponse\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12>\n\x0b\x64\x65ployments\x18\x02 \x03(\x0b\x32).millrace.scheduler.v1.DeclaredDeployment\"7\n\x14GetDeploymentRequest\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\"I\n\x15GetDeploymentResponse\x12\x30\n\ndeployment\x18\x01 \x01(\x0b\x32\x1c.millrace.core.v1.Deployment\"R\n\x16ListDeploymentsRequest\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"\x7f\n\x17ListDeploymentsResponse\x12\x31\n\x0b\x64\x65ployments\x18\x01 \x03(\x0b\x32\x1c.millrace.core.v1.Deployment\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\x12\x18\n\x10resource_version\x18\x03 \x01(\t\"T\n\x17WatchDeploymentsRequest\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x18\n\x10resource_version\x18\x03 \x01(\t\"\xca\x01\n\x18WatchDeploymentsResponse\x12/\n\x07\x63hanged\x18\x01 \x01(\x0b\x32\x1c.millrace.core.v1.DeploymentH\x00\x12/\n\x07\x64\x65leted\x18\x02 \x01(\x0b\x32\x1c.millrace.core.v1.DeploymentH\x00\x12\x16\n\x0csnapshot_end\x18\x03 \x01(\x08H\x00\x12\x12\n\x08progress\x18\x04 \x01(\x08H\x00\x12\x18\n\x10resource_version\x18\x05 \x01(\tB\x06\n\x04kind\"\xd4\x01\n\x17UpdateDeploymentRequest\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12.\n\x04spec\x18\x03 \x01(\x0b\x32 .millrace.core.v1.DeploymentSpec\x12/\n\x0bupdate_mask\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\x12\x0c\n\x04\x65tag\x18\x05 \x01(\t\x12\x12\n\nrequest_id\x18\x06 \x01(\t\x12\x15\n\rvalidate_only\x18\x07 \x01(\x08\"L\n\x18UpdateDeploymentResponse\x12\x30\n\ndeployment\x18\x01 \x01(\x0b\x32\x1c.millrace.core.v1.Deployment\"\x84\x01\n\x16ScaleDeploymentRequest\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x10\n\x08replicas\x18\x03 \x01(\x05\x12\x0c\n\x04\x65tag\x18\x04 \x01(\t\x12\x12\n\nrequest_id\x18\x05 \x01(\t\x12\x15\n\rvalidate_only\x18\x06 \x01(\x08\"K\n\x17ScaleDeploymentResponse\x12\x30\n\ndeployment\x18\x01 \x01(\x0b\x32\x1c.millrace.core.v1.Deployment\"s\n\x17\x44\x65leteDeploymentRequest\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0c\n\x04\x65tag\x18\x03 \x01(\t\x12\x12\n\nrequest_id\x18\x04 \x01(\t\x12\x15\n\rvalidate_only\x18\x05 \x01(\x08\"\x1a\n\x18\x44\x65leteDeploymentResponse\";\n\x18\x45xplainDeploymentRequest\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\"b\n\x0fNodeExplanation\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\x0c\n\x04\x66its\x18\x02 \x01(\x08\x12\x13\n\x0b\x66\x61iled_rule\x18\x03 \x01(\t\x12\x0f\n\x07message\x18\x04 \x01(\t\x12\r\n\x05score\x18\x05 \x01(\x01\"\xa1\x01\n\x19\x45xplainDeploymentResponse\x12\x0f\n\x07summary\x18\x01 \x01(\t\x12\x35\n\x05nodes\x18\x02 \x03(\x0b\x32&.millrace.scheduler.v1.NodeExplanation\x12(\n\x06sizing\x18\x03 \x01(\x0b\x32\x18.millrace.core.v1.Sizing\x12\x12\n\nsuggestion\x18\x04 \x01(\t\"s\n\x1bStreamDeploymentLogsRequest\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x0f\n\x07replica\x18\x03 \x01(\t\x12\x12\n\ntail_lines\x18\x04 \x01(\x05\x12\x0e\n\x06\x66ollow\x18\x05 \x01(\x08\"K\n\x1cStreamDeploymentLogsResponse\x12\x0f\n\x07replica\x18\x01 \x01(\t\x12\x0c\n\x04node\x18\x02 \x01(\t\x12\x0c\n\x04line\x18\x03 \x01(\t\"e\n\x12WatchEventsRequest\x12\x11\n\tnamespace\x18\x01 \x01(\t\x12\x12\n\ndeployment\x18\x02 \x01(\t\x12\x0e\n\x06\x66ollow\x18\x03 \x01(\x08\x12\x18\n\x10resource_version\x18\x04 \x01(\t\"\x8d\x01\n\x13WatchEventsResponse\x12(\n\x05\x65vent\x18\x01 \x01(\x0b\x32\x17.millrace.core.v1.EventH\x00\x12\x16\n\x0csnapshot_end\x18\x02 \x01(\x08H\x00\x12\x12\n\x08progress\x18\x03 \x01(\x08H\x00\x12\x18\n\x10resource_version\x18\x04 \x01(\tB\x06\n\x04kind\"9\n\x10ListNodesRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"m\n\x11ListNodesResponse\x12%\n\x05nodes\x18\x01 \x03(\x0b\x32\x16.millrace.core.v1.Node\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\x12\x18\n\x10resource_version\x18\x03 \x01(\t\"\x1e\n\x0eGetNodeRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"7\n\x0fGetNodeResponse\x12$\n\x04node\x18\x01 \x01(\x0b\x32\x16.millrace.core.v1.Node\"l\n\x11\x43ordonNodeRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x10\n\x08\x63ordoned\x18\x02 \x01(\x08\x12\x0c\n\x04\x65tag\x18\x03 \x01(\t\x12\x12\n\nrequest_id\x18\x04 \x01(\t\x12\x15\n\rvalidate_only\x18\x05 \x01(\x08\":\n\x12\x43ordonNodeResponse\x12$\n\x04node\x18\x01 \x01(\x0b\x32\x16.millrace.core.v1.Node\"Y\n\x10\x44rainNodeRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04\x65tag\x18\x02 \x01(\t\x12\x12\n\nrequest_id\x18\x03 \x01(\t\x12\x15\n\rvalidate_only\x18\x04 \x01(\x08\"I\n\x11\x44rainNodeResponse\x12$\n\x04node\x18\x01 \x01(\x0b\x32\x16.millrace.core.v1.Node\x12\x0e\n\x06moving\x18\x02 \x03(\t\"\xb5\x01\n\x11UpdateNodeRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12(\n\x04spec\x18\x02 \x01(\x0b\x32\x1a.millrace.core.v1.NodeSpec\x12/\n\x0bupdate_mask\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\x12\x0c\n\x04\x65tag\x18\x04 \x01(\t\x12\x12\n\nrequest_id\x18\x05 \x01(\t\x12\x15\n\rvalidate_only\x18\x06 \x01(\x08\":\n\x12UpdateNodeResponse\x12$\n\x04node\x18\x01 \x01(\x0b\x32\x16.millrace.core.v1.Node\"a\n\x16PlanDeploymentsRequest\x12\x34\n\x06models\x18\x01 \x03(\x0b\x32$.millrace.scheduler.v1.DeclaredModel\x12\x11\n\tnamespace\x18\x02 \x01(\t\"q\n\x0ePlannedReplica\x12\x0c\n\x04node\x18\x01 \x01(\t\x12.\n\x07\x64\x65vices\x18\x02 \x03(\x0b\x32\x1d.millrace.core.v1.DeviceClaim\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\x10\n\x08preempts\x18\x04 \x03(\t\"\xbf\x01\n\x11PlannedDeployment\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x65xists\x18\x02 \x01(\x08\x12(\n\x06sizing\x18\x03 \x01(\x0b\x32\x18.millrace.core.v1.Sizing\x12\x37\n\x08replicas\x18\x04 \x03(\x0b\x32%.millrace.scheduler.v1.PlannedReplica\x12\x18\n\x10pending_replicas\x18\x05 \x01(\x05\x12\x0f\n\x07message\x18\x06 \x01(\t\"X\n\x17PlanDeploymentsResponse\x12=\n\x0b\x64\x65ployments\x18\x01 \x03(\x0b\x32(.millrace.scheduler.v1.PlannedDeployment2\xf4\r\n\x10SchedulerService\x12y\n\x12\x44\x65\x63lareDeployments\x12\x30.millrace.scheduler.v1.DeclareDeploymentsRequest\x1a\x31.millrace.scheduler.v1.DeclareDeploymentsResponse\x12j\n\rGetDeployment\x12+.millrace.scheduler.v1.GetDeploymentRequest\x1a,.millrace.scheduler.v1.GetDeploymentResponse\x12p\n\x0fListDeployments\x12-.millrace.scheduler.v1.ListDeploymentsRequest\x1a..millrace.scheduler.v1.ListDeploymentsResponse\x12u\n\x10WatchDeployments\x12..millrace.scheduler.v1.WatchDeploymentsRequest\x1a/.millrace.scheduler.v1.WatchDeploymentsResponse0\x01\x12s\n\x10UpdateDeployment\x12..millrace.scheduler.v1.UpdateDeploymentRequest\x1a/.millrace.scheduler.v1.UpdateDeploymentResponse\x12p\n\x0fScaleDeployment\x12-.millrace.scheduler.v1.ScaleDeploymentRequest\x1a..millrace.scheduler.v1.ScaleDeploymentResponse\x12s\n\x10\x44\x65leteDeployment\x12..millrace.scheduler.v1.DeleteDeploymentRequest\x1a/.millrace.scheduler.v1.DeleteDeploymentResponse\x12v\n\x11\x45xplainDeployment\x12/.millrace.scheduler.v1.ExplainDeploymentRequest\x1a\x30.millrace.scheduler.v1.ExplainDeploymentResponse\x12\x81\x01\n\x14StreamDeploymentLogs\x12\x32.millrace.scheduler.v1.StreamDeploymentLogsRequest\x1a\x33.millrace.scheduler.v1.StreamDeploymentLogsResponse0\x01\x12\x66\n\x0bWatchEvents\x12).millrace.scheduler.v1.WatchEventsRequest\x1a*.millrace.scheduler.v1.WatchEventsResponse0\x01\x12^\n\tListNodes\x12\'.millrace.scheduler.v1.ListNodesRequest\x1a(.millrace.scheduler.v1.ListNodesResponse\x12X\n\x07GetNode\x12%.millrace.scheduler.v1.GetNodeRequest\x1a&.millrace.scheduler.v1.GetNodeResponse\x12\x61\n\nCordonNode\x12(.millrace.scheduler.v1.CordonNodeRequest\x1a).millrace.scheduler.v1.CordonNodeResponse\x12^\n\tDrainNode\x12\'.millrace.scheduler.v1.DrainNodeRequest\x1a(.millrace.scheduler.v1.DrainNodeResponse\x12\x61\n\nUpdateNode\x12(.millrace.scheduler.v1.UpdateNodeRequest\x1a).millrace.scheduler.v1.UpdateNodeResponse\x12p\n\x0fPlanDeployments\x12-.millrace.scheduler.v1.PlanDeploymentsRequest\x1a..millrace.scheduler.v1.PlanDeploymentsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'millrace.scheduler.v1.scheduler_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_DECLAREDMODEL']._serialized_start=292
-  _globals['_DECLAREDMODEL']._serialized_end=559
-  _globals['_DECLAREDEPLOYMENTSREQUEST']._serialized_start=562
-  _globals['_DECLAREDEPLOYMENTSREQUEST']._serialized_end=748
-  _globals['_DECLAREDDEPLOYMENT']._serialized_start=751
-  _globals['_DECLAREDDEPLOYMENT']._serialized_end=917
-  _globals['_DECLAREDEPLOYMENTSRESPONSE']._serialized_start=919
-  _globals['_DECLAREDEPLOYMENTSRESPONSE']._serialized_end=1030
-  _globals['_GETDEPLOYMENTREQUEST']._serialized_start=1032
-  _globals['_GETDEPLOYMENTREQUEST']._serialized_end=1087
-  _globals['_GETDEPLOYMENTRESPONSE']._serialized_start=1089
-  _globals['_GETDEPLOYMENTRESPONSE']._serialized_end=1162
-  _globals['_LISTDEPLOYMENTSREQUEST']._serialized_start=1164
-  _globals['_LISTDEPLOYMENTSREQUEST']._serialized_end=1246
-  _globals['_LISTDEPLOYMENTSRESPONSE']._serialized_start=1248
-  _globals['_LISTDEPLOYMENTSRESPONSE']._serialized_end=1375
-  _globals['_WATCHDEPLOYMENTSREQUEST']._serialized_start=1377
-  _globals['_WATCHDEPLOYMENTSREQUEST']._serialized_end=1461
-  _globals['_WATCHDEPLOYMENTSRESPONSE']._serialized_start=1464
-  _globals['_WATCHDEPLOYMENTSRESPONSE']._serialized_end=1666
-  _globals['_UPDATEDEPLOYMENTREQUEST']._serialized_start=1669
-  _globals['_UPDATEDEPLOYMENTREQUEST']._serialized_end=1881
-  _globals['_UPDATEDEPLOYMENTRESPONSE']._serialized_start=1883
-  _globals['_UPDATEDEPLOYMENTRESPONSE']._serialized_end=1959
-  _globals['_SCALEDEPLOYMENTREQUEST']._serialized_start=1962
-  _globals['_SCALEDEPLOYMENTREQUEST']._serialized_end=2094
-  _globals['_SCALEDEPLOYMENTRESPONSE']._serialized_start=2096
-  _globals['_SCALEDEPLOYMENTRESPONSE']._serialized_end=2171
-  _globals['_DELETEDEPLOYMENTREQUEST']._serialized_start=2173
-  _globals['_DELETEDEPLOYMENTREQUEST']._serialized_end=2288
-  _globals['_DELETEDEPLOYMENTRESPONSE']._serialized_start=2290
-  _globals['_DELETEDEPLOYMENTRESPONSE']._serialized_end=2316
-  _globals['_EXPLAINDEPLOYMENTREQUEST']._serialized_start=2318
-  _globals['_EXPLAINDEPLOYMENTREQUEST']._serialized_end=2377
-  _globals['_NODEEXPLANATION']._serialized_start=2379
-  _globals['_NODEEXPLANATION']._serialized_end=2477
-  _globals['_EXPLAINDEPLOYMENTRESPONSE']._serialized_start=2480
-  _globals['_EXPLAINDEPLOYMENTRESPONSE']._serialized_end=2641
-  _globals['_STREAMDEPLOYMENTLOGSREQUEST']._serialized_start=2643
-  _globals['_STREAMDEPLOYMENTLOGSREQUEST']._serialized_end=2758
-  _globals['_STREAMDEPLOYMENTLOGSRESPONSE']._serialized_start=2760
-  _globals['_STREAMDEPLOYMENTLOGSRESPONSE']._serialized_end=2835
-  _globals['_WATCHEVENTSREQUEST']._serialized_start=2837
-  _globals['_WATCHEVENTSREQUEST']._serialized_end=2938
-  _globals['_WATCHEVENTSRESPONSE']._serialized_start=2941
-  _globals['_WATCHEVENTSRESPONSE']._serialized_end=3082
-  _globals['_LISTNODESREQUEST']._serialized_start=3084
-  _globals['_LISTNODESREQUEST']._serialized_end=3141
-  _globals['_LISTNODESRESPONSE']._serialized_start=3143
-  _globals['_LISTNODESRESPONSE']._serialized_end=3252
-  _globals['_GETNODEREQUEST']._serialized_start=3254
-  _globals['_GETNODEREQUEST']._serialized_end=3284
-  _globals['_GETNODERESPONSE']._serialized_start=3286
-  _globals['_GETNODERESPONSE']._serialized_end=3341
-  _globals['_CORDONNODEREQUEST']._serialized_start=3343
-  _globals['_CORDONNODEREQUEST']._serialized_end=3451
-  _globals['_CORDONNODERESPONSE']._serialized_start=3453
-  _globals['_CORDONNODERESPONSE']._serialized_end=3511
-  _globals['_DRAINNODEREQUEST']._serialized_start=3513
-  _globals['_DRAINNODEREQUEST']._serialized_end=3602
-  _globals['_DRAINNODERESPONSE']._serialized_start=3604
-  _globals['_DRAINNODERESPONSE']._serialized_end=3677
-  _globals['_SCHEDULERSERVICE']._serialized_start=3680
-  _globals['_SCHEDULERSERVICE']._serialized_end=5247
+  _globals['_DECLAREDMODEL']._serialized_start=355
+  _globals['_DECLAREDMODEL']._serialized_end=706
+  _globals['_DECLAREDEPLOYMENTSREQUEST']._serialized_start=709
+  _globals['_DECLAREDEPLOYMENTSREQUEST']._serialized_end=895
+  _globals['_DECLAREDDEPLOYMENT']._serialized_start=898
+  _globals['_DECLAREDDEPLOYMENT']._serialized_end=1064
+  _globals['_DECLAREDEPLOYMENTSRESPONSE']._serialized_start=1066
+  _globals['_DECLAREDEPLOYMENTSRESPONSE']._serialized_end=1177
+  _globals['_GETDEPLOYMENTREQUEST']._serialized_start=1179
+  _globals['_GETDEPLOYMENTREQUEST']._serialized_end=1234
+  _globals['_GETDEPLOYMENTRESPONSE']._serialized_start=1236
+  _globals['_GETDEPLOYMENTRESPONSE']._serialized_end=1309
+  _globals['_LISTDEPLOYMENTSREQUEST']._serialized_start=1311
+  _globals['_LISTDEPLOYMENTSREQUEST']._serialized_end=1393
+  _globals['_LISTDEPLOYMENTSRESPONSE']._serialized_start=1395
+  _globals['_LISTDEPLOYMENTSRESPONSE']._serialized_end=1522
+  _globals['_WATCHDEPLOYMENTSREQUEST']._serialized_start=1524
+  _globals['_WATCHDEPLOYMENTSREQUEST']._serialized_end=1608
+  _globals['_WATCHDEPLOYMENTSRESPONSE']._serialized_start=1611
+  _globals['_WATCHDEPLOYMENTSRESPONSE']._serialized_end=1813
+  _globals['_UPDATEDEPLOYMENTREQUEST']._serialized_start=1816
+  _globals['_UPDATEDEPLOYMENTREQUEST']._serialized_end=2028
+  _globals['_UPDATEDEPLOYMENTRESPONSE']._serialized_start=2030
+  _globals['_UPDATEDEPLOYMENTRESPONSE']._serialized_end=2106
+  _globals['_SCALEDEPLOYMENTREQUEST']._serialized_start=2109
+  _globals['_SCALEDEPLOYMENTREQUEST']._serialized_end=2241
+  _globals['_SCALEDEPLOYMENTRESPONSE']._serialized_start=2243
+  _globals['_SCALEDEPLOYMENTRESPONSE']._serialized_end=2318
+  _globals['_DELETEDEPLOYMENTREQUEST']._serialized_start=2320
+  _globals['_DELETEDEPLOYMENTREQUEST']._serialized_end=2435
+  _globals['_DELETEDEPLOYMENTRESPONSE']._serialized_start=2437
+  _globals['_DELETEDEPLOYMENTRESPONSE']._serialized_end=2463
+  _globals['_EXPLAINDEPLOYMENTREQUEST']._serialized_start=2465
+  _globals['_EXPLAINDEPLOYMENTREQUEST']._serialized_end=2524
+  _globals['_NODEEXPLANATION']._serialized_start=2526
+  _globals['_NODEEXPLANATION']._serialized_end=2624
+  _globals['_EXPLAINDEPLOYMENTRESPONSE']._serialized_start=2627
+  _globals['_EXPLAINDEPLOYMENTRESPONSE']._serialized_end=2788
+  _globals['_STREAMDEPLOYMENTLOGSREQUEST']._serialized_start=2790
+  _globals['_STREAMDEPLOYMENTLOGSREQUEST']._serialized_end=2905
+  _globals['_STREAMDEPLOYMENTLOGSRESPONSE']._serialized_start=2907
+  _globals['_STREAMDEPLOYMENTLOGSRESPONSE']._serialized_end=2982
+  _globals['_WATCHEVENTSREQUEST']._serialized_start=2984
+  _globals['_WATCHEVENTSREQUEST']._serialized_end=3085
+  _globals['_WATCHEVENTSRESPONSE']._serialized_start=3088
+  _globals['_WATCHEVENTSRESPONSE']._serialized_end=3229
+  _globals['_LISTNODESREQUEST']._serialized_start=3231
+  _globals['_LISTNODESREQUEST']._serialized_end=3288
+  _globals['_LISTNODESRESPONSE']._serialized_start=3290
+  _globals['_LISTNODESRESPONSE']._serialized_end=3399
+  _globals['_GETNODEREQUEST']._serialized_start=3401
+  _globals['_GETNODEREQUEST']._serialized_end=3431
+  _globals['_GETNODERESPONSE']._serialized_start=3433
+  _globals['_GETNODERESPONSE']._serialized_end=3488
+  _globals['_CORDONNODEREQUEST']._serialized_start=3490
+  _globals['_CORDONNODEREQUEST']._serialized_end=3598
+  _globals['_CORDONNODERESPONSE']._serialized_start=3600
+  _globals['_CORDONNODERESPONSE']._serialized_end=3658
+  _globals['_DRAINNODEREQUEST']._serialized_start=3660
+  _globals['_DRAINNODEREQUEST']._serialized_end=3749
+  _globals['_DRAINNODERESPONSE']._serialized_start=3751
+  _globals['_DRAINNODERESPONSE']._serialized_end=3824
+  _globals['_UPDATENODEREQUEST']._serialized_start=3827
+  _globals['_UPDATENODEREQUEST']._serialized_end=4008
+  _globals['_UPDATENODERESPONSE']._serialized_start=4010
+  _globals['_UPDATENODERESPONSE']._serialized_end=4068
+  _globals['_PLANDEPLOYMENTSREQUEST']._serialized_start=4070
+  _globals['_PLANDEPLOYMENTSREQUEST']._serialized_end=4167
+  _globals['_PLANNEDREPLICA']._serialized_start=4169
+  _globals['_PLANNEDREPLICA']._serialized_end=4282
+  _globals['_PLANNEDDEPLOYMENT']._serialized_start=4285
+  _globals['_PLANNEDDEPLOYMENT']._serialized_end=4476
+  _globals['_PLANDEPLOYMENTSRESPONSE']._serialized_start=4478
+  _globals['_PLANDEPLOYMENTSRESPONSE']._serialized_end=4566
+  _globals['_SCHEDULERSERVICE']._serialized_start=4569
+  _globals['_SCHEDULERSERVICE']._serialized_end=6349
 # @@protoc_insertion_point(module_scope)

@@ -12,6 +12,8 @@ from google.protobuf.internal import containers as _containers
 from millrace.core.v1 import deployment_pb2 as _deployment_pb2
 from millrace.core.v1 import event_pb2 as _event_pb2
 from millrace.core.v1 import node_pb2 as _node_pb2
+from millrace.core.v1 import policy_pb2 as _policy_pb2
+from millrace.core.v1 import replica_pb2 as _replica_pb2
 from millrace.core.v1 import sizing_pb2 as _sizing_pb2
 from millrace.core.v1 import types_pb2 as _types_pb2
 import builtins as _builtins
@@ -38,6 +40,8 @@ class DeclaredModel(_message.Message):
     MAX_MODEL_LEN_FIELD_NUMBER: _builtins.int
     REPLICAS_FIELD_NUMBER: _builtins.int
     EXTRA_ARGS_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
+    PLACEMENT_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Name of the deployment: lower-case letters, digits, `-` and `.`, at most 63 characters."""
     model: _builtins.str
@@ -50,9 +54,15 @@ class DeclaredModel(_message.Message):
     """Context length in tokens. Unset: worked out from the model."""
     replicas: _builtins.int
     """Replicas. Unset: 1."""
+    priority: _builtins.int
+    """1 (least) to 10 (most important). Unset: 5."""
     @_builtins.property
     def extra_args(self) -> _struct_pb2.Struct:
         """Engine arguments by name; they override anything that was worked out."""
+
+    @_builtins.property
+    def placement(self) -> _policy_pb2.Placement:
+        """Where replicas may run. Unset: wherever they fit."""
 
     def __init__(
         self,
@@ -64,17 +74,23 @@ class DeclaredModel(_message.Message):
         max_model_len: _builtins.int | None = ...,
         replicas: _builtins.int | None = ...,
         extra_args: _struct_pb2.Struct | None = ...,
+        priority: _builtins.int | None = ...,
+        placement: _policy_pb2.Placement | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_model_len", b"_max_model_len", "_replicas", b"_replicas", "extra_args", b"extra_args", "max_model_len", b"max_model_len", "replicas", b"replicas"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_model_len", b"_max_model_len", "_priority", b"_priority", "_replicas", b"_replicas", "extra_args", b"extra_args", "max_model_len", b"max_model_len", "placement", b"placement", "priority", b"priority", "replicas", b"replicas"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_model_len", b"_max_model_len", "_replicas", b"_replicas", "engine", b"engine", "extra_args", b"extra_args", "max_model_len", b"max_model_len", "model", b"model", "name", b"name", "quantization", b"quantization", "replicas", b"replicas"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_model_len", b"_max_model_len", "_priority", b"_priority", "_replicas", b"_replicas", "engine", b"engine", "extra_args", b"extra_args", "max_model_len", b"max_model_len", "model", b"model", "name", b"name", "placement", b"placement", "priority", b"priority", "quantization", b"quantization", "replicas", b"replicas"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__max_model_len: _TypeAlias = _typing.Literal["max_model_len"]  # noqa: Y015
     _WhichOneofArgType__max_model_len: _TypeAlias = _typing.Literal["_max_model_len", b"_max_model_len"]  # noqa: Y015
+    _WhichOneofReturnType__priority: _TypeAlias = _typing.Literal["priority"]  # noqa: Y015
+    _WhichOneofArgType__priority: _TypeAlias = _typing.Literal["_priority", b"_priority"]  # noqa: Y015
     _WhichOneofReturnType__replicas: _TypeAlias = _typing.Literal["replicas"]  # noqa: Y015
     _WhichOneofArgType__replicas: _TypeAlias = _typing.Literal["_replicas", b"_replicas"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_model_len) -> _WhichOneofReturnType__max_model_len | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__priority) -> _WhichOneofReturnType__priority | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__replicas) -> _WhichOneofReturnType__replicas | None: ...
 
@@ -1044,3 +1060,209 @@ class DrainNodeResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DrainNodeResponse: _TypeAlias = DrainNodeResponse  # noqa: Y015
+
+@_typing.final
+class UpdateNodeRequest(_message.Message):
+    """UpdateNodeRequest changes what operators want of a node."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    SPEC_FIELD_NUMBER: _builtins.int
+    UPDATE_MASK_FIELD_NUMBER: _builtins.int
+    ETAG_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    VALIDATE_ONLY_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Node."""
+    etag: _builtins.str
+    """Version the change is based on. Empty: the current one."""
+    request_id: _builtins.str
+    """UUID4 that makes a retry safe."""
+    validate_only: _builtins.bool
+    """Checks, and changes nothing."""
+    @_builtins.property
+    def spec(self) -> _node_pb2.NodeSpec:
+        """New values; `labels` and `taints` alone can be changed here."""
+
+    @_builtins.property
+    def update_mask(self) -> _field_mask_pb2.FieldMask:
+        """Fields to replace whole: `labels`, `taints`. Absent: the populated ones."""
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        spec: _node_pb2.NodeSpec | None = ...,
+        update_mask: _field_mask_pb2.FieldMask | None = ...,
+        etag: _builtins.str = ...,
+        request_id: _builtins.str = ...,
+        validate_only: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["spec", b"spec", "update_mask", b"update_mask"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["etag", b"etag", "name", b"name", "request_id", b"request_id", "spec", b"spec", "update_mask", b"update_mask", "validate_only", b"validate_only"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UpdateNodeRequest: _TypeAlias = UpdateNodeRequest  # noqa: Y015
+
+@_typing.final
+class UpdateNodeResponse(_message.Message):
+    """UpdateNodeResponse holds the node."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NODE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def node(self) -> _node_pb2.Node:
+        """The resource."""
+
+    def __init__(
+        self,
+        *,
+        node: _node_pb2.Node | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["node", b"node"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["node", b"node"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UpdateNodeResponse: _TypeAlias = UpdateNodeResponse  # noqa: Y015
+
+@_typing.final
+class PlanDeploymentsRequest(_message.Message):
+    """PlanDeploymentsRequest is a declaration that is only thought through."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODELS_FIELD_NUMBER: _builtins.int
+    NAMESPACE_FIELD_NUMBER: _builtins.int
+    namespace: _builtins.str
+    """Tenant. Empty: one without deployments or quota."""
+    @_builtins.property
+    def models(self) -> _containers.RepeatedCompositeFieldContainer[Global___DeclaredModel]:
+        """At least one, at most 100, with different names."""
+
+    def __init__(
+        self,
+        *,
+        models: _abc.Iterable[Global___DeclaredModel] | None = ...,
+        namespace: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["models", b"models", "namespace", b"namespace"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PlanDeploymentsRequest: _TypeAlias = PlanDeploymentsRequest  # noqa: Y015
+
+@_typing.final
+class PlannedReplica(_message.Message):
+    """PlannedReplica is a replica that would be started."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NODE_FIELD_NUMBER: _builtins.int
+    DEVICES_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    PREEMPTS_FIELD_NUMBER: _builtins.int
+    node: _builtins.str
+    """Node."""
+    message: _builtins.str
+    """Why there."""
+    @_builtins.property
+    def devices(self) -> _containers.RepeatedCompositeFieldContainer[_replica_pb2.DeviceClaim]:
+        """Devices and how much of each."""
+
+    @_builtins.property
+    def preempts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Replicas that would end first, as `namespace/deployment/replica`; empty where there is room."""
+
+    def __init__(
+        self,
+        *,
+        node: _builtins.str = ...,
+        devices: _abc.Iterable[_replica_pb2.DeviceClaim] | None = ...,
+        message: _builtins.str = ...,
+        preempts: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["devices", b"devices", "message", b"message", "node", b"node", "preempts", b"preempts"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PlannedReplica: _TypeAlias = PlannedReplica  # noqa: Y015
+
+@_typing.final
+class PlannedDeployment(_message.Message):
+    """PlannedDeployment is the answer for one entry."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    EXISTS_FIELD_NUMBER: _builtins.int
+    SIZING_FIELD_NUMBER: _builtins.int
+    REPLICAS_FIELD_NUMBER: _builtins.int
+    PENDING_REPLICAS_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Name of the entry."""
+    exists: _builtins.bool
+    """True when the deployment exists and would be updated."""
+    pending_replicas: _builtins.int
+    """Replicas that would have to wait."""
+    message: _builtins.str
+    """Why they would have to wait, with counts and the remedy, or that all are placed."""
+    @_builtins.property
+    def sizing(self) -> _sizing_pb2.Sizing:
+        """What one replica needs."""
+
+    @_builtins.property
+    def replicas(self) -> _containers.RepeatedCompositeFieldContainer[Global___PlannedReplica]:
+        """Replicas that would be started now."""
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        exists: _builtins.bool = ...,
+        sizing: _sizing_pb2.Sizing | None = ...,
+        replicas: _abc.Iterable[Global___PlannedReplica] | None = ...,
+        pending_replicas: _builtins.int = ...,
+        message: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["sizing", b"sizing"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["exists", b"exists", "message", b"message", "name", b"name", "pending_replicas", b"pending_replicas", "replicas", b"replicas", "sizing", b"sizing"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PlannedDeployment: _TypeAlias = PlannedDeployment  # noqa: Y015
+
+@_typing.final
+class PlanDeploymentsResponse(_message.Message):
+    """PlanDeploymentsResponse answers in the order of the request."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DEPLOYMENTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def deployments(self) -> _containers.RepeatedCompositeFieldContainer[Global___PlannedDeployment]:
+        """One for each entry."""
+
+    def __init__(
+        self,
+        *,
+        deployments: _abc.Iterable[Global___PlannedDeployment] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["deployments", b"deployments"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PlanDeploymentsResponse: _TypeAlias = PlanDeploymentsResponse  # noqa: Y015

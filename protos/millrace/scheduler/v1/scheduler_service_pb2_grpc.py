@@ -109,6 +109,16 @@ class SchedulerServiceStub:
                 request_serializer=millrace_dot_scheduler_dot_v1_dot_scheduler__service__pb2.DrainNodeRequest.SerializeToString,
                 response_deserializer=millrace_dot_scheduler_dot_v1_dot_scheduler__service__pb2.DrainNodeResponse.FromString,
                 _registered_method=True)
+        self.UpdateNode = channel.unary_unary(
+                '/millrace.scheduler.v1.SchedulerService/UpdateNode',
+                request_serializer=millrace_dot_scheduler_dot_v1_dot_scheduler__service__pb2.UpdateNodeRequest.SerializeToString,
+                response_deserializer=millrace_dot_scheduler_dot_v1_dot_scheduler__service__pb2.UpdateNodeResponse.FromString,
+                _registered_method=True)
+        self.PlanDeployments = channel.unary_unary(
+                '/millrace.scheduler.v1.SchedulerService/PlanDeployments',
+                request_serializer=millrace_dot_scheduler_dot_v1_dot_scheduler__service__pb2.PlanDeploymentsRequest.SerializeToString,
+                response_deserializer=millrace_dot_scheduler_dot_v1_dot_scheduler__service__pb2.PlanDeploymentsResponse.FromString,
+                _registered_method=True)
 
 
 class SchedulerServiceServicer:
@@ -221,6 +231,22 @@ class SchedulerServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def UpdateNode(self, request, context):
+        """Changes an operator's labels and taints of a node. Errors: NOT_FOUND, ABORTED (etag), INVALID_ARGUMENT.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PlanDeployments(self, request, context):
+        """Says what a declaration would take, whom it would pre-empt and why, and changes nothing. A name that
+        exists is planned as an update. Errors: INVALID_ARGUMENT (a field, with its path), FAILED_PRECONDITION (no
+        node or quota could ever hold the model).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_SchedulerServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -293,6 +319,16 @@ def add_SchedulerServiceServicer_to_server(servicer, server):
                     servicer.DrainNode,
                     request_deserializer=millrace_dot_scheduler_dot_v1_dot_scheduler__service__pb2.DrainNodeRequest.FromString,
                     response_serializer=millrace_dot_scheduler_dot_v1_dot_scheduler__service__pb2.DrainNodeResponse.SerializeToString,
+            ),
+            'UpdateNode': grpc.unary_unary_rpc_method_handler(
+                    servicer.UpdateNode,
+                    request_deserializer=millrace_dot_scheduler_dot_v1_dot_scheduler__service__pb2.UpdateNodeRequest.FromString,
+                    response_serializer=millrace_dot_scheduler_dot_v1_dot_scheduler__service__pb2.UpdateNodeResponse.SerializeToString,
+            ),
+            'PlanDeployments': grpc.unary_unary_rpc_method_handler(
+                    servicer.PlanDeployments,
+                    request_deserializer=millrace_dot_scheduler_dot_v1_dot_scheduler__service__pb2.PlanDeploymentsRequest.FromString,
+                    response_serializer=millrace_dot_scheduler_dot_v1_dot_scheduler__service__pb2.PlanDeploymentsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -678,6 +714,60 @@ class SchedulerService:
             '/millrace.scheduler.v1.SchedulerService/DrainNode',
             millrace_dot_scheduler_dot_v1_dot_scheduler__service__pb2.DrainNodeRequest.SerializeToString,
             millrace_dot_scheduler_dot_v1_dot_scheduler__service__pb2.DrainNodeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UpdateNode(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/millrace.scheduler.v1.SchedulerService/UpdateNode',
+            millrace_dot_scheduler_dot_v1_dot_scheduler__service__pb2.UpdateNodeRequest.SerializeToString,
+            millrace_dot_scheduler_dot_v1_dot_scheduler__service__pb2.UpdateNodeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PlanDeployments(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/millrace.scheduler.v1.SchedulerService/PlanDeployments',
+            millrace_dot_scheduler_dot_v1_dot_scheduler__service__pb2.PlanDeploymentsRequest.SerializeToString,
+            millrace_dot_scheduler_dot_v1_dot_scheduler__service__pb2.PlanDeploymentsResponse.FromString,
             options,
             channel_credentials,
             insecure,

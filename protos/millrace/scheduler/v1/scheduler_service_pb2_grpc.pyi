@@ -73,6 +73,13 @@ class SchedulerServiceStub:
     """Stops or allows placing replicas on a node. Errors: NOT_FOUND, ABORTED (etag)."""
     DrainNode: _grpc.UnaryUnaryMultiCallable[_scheduler_service_pb2.DrainNodeRequest, _scheduler_service_pb2.DrainNodeResponse]
     """Cordons a node and moves its replicas away. Errors: NOT_FOUND, ABORTED (etag)."""
+    UpdateNode: _grpc.UnaryUnaryMultiCallable[_scheduler_service_pb2.UpdateNodeRequest, _scheduler_service_pb2.UpdateNodeResponse]
+    """Changes an operator's labels and taints of a node. Errors: NOT_FOUND, ABORTED (etag), INVALID_ARGUMENT."""
+    PlanDeployments: _grpc.UnaryUnaryMultiCallable[_scheduler_service_pb2.PlanDeploymentsRequest, _scheduler_service_pb2.PlanDeploymentsResponse]
+    """Says what a declaration would take, whom it would pre-empt and why, and changes nothing. A name that
+    exists is planned as an update. Errors: INVALID_ARGUMENT (a field, with its path), FAILED_PRECONDITION (no
+    node or quota could ever hold the model).
+    """
 
 @_typing.type_check_only
 class SchedulerServiceAsyncStub(SchedulerServiceStub):
@@ -119,6 +126,13 @@ class SchedulerServiceAsyncStub(SchedulerServiceStub):
     """Stops or allows placing replicas on a node. Errors: NOT_FOUND, ABORTED (etag)."""
     DrainNode: _aio.UnaryUnaryMultiCallable[_scheduler_service_pb2.DrainNodeRequest, _scheduler_service_pb2.DrainNodeResponse]  # type: ignore[assignment]
     """Cordons a node and moves its replicas away. Errors: NOT_FOUND, ABORTED (etag)."""
+    UpdateNode: _aio.UnaryUnaryMultiCallable[_scheduler_service_pb2.UpdateNodeRequest, _scheduler_service_pb2.UpdateNodeResponse]  # type: ignore[assignment]
+    """Changes an operator's labels and taints of a node. Errors: NOT_FOUND, ABORTED (etag), INVALID_ARGUMENT."""
+    PlanDeployments: _aio.UnaryUnaryMultiCallable[_scheduler_service_pb2.PlanDeploymentsRequest, _scheduler_service_pb2.PlanDeploymentsResponse]  # type: ignore[assignment]
+    """Says what a declaration would take, whom it would pre-empt and why, and changes nothing. A name that
+    exists is planned as an update. Errors: INVALID_ARGUMENT (a field, with its path), FAILED_PRECONDITION (no
+    node or quota could ever hold the model).
+    """
 
 class SchedulerServiceServicer(metaclass=_abc_1.ABCMeta):
     """SchedulerService declares models, watches what becomes of them and operates the nodes.
@@ -246,5 +260,24 @@ class SchedulerServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_scheduler_service_pb2.DrainNodeResponse, _abc.Awaitable[_scheduler_service_pb2.DrainNodeResponse]]:
         """Cordons a node and moves its replicas away. Errors: NOT_FOUND, ABORTED (etag)."""
+
+    @_abc_1.abstractmethod
+    def UpdateNode(
+        self,
+        request: _scheduler_service_pb2.UpdateNodeRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_scheduler_service_pb2.UpdateNodeResponse, _abc.Awaitable[_scheduler_service_pb2.UpdateNodeResponse]]:
+        """Changes an operator's labels and taints of a node. Errors: NOT_FOUND, ABORTED (etag), INVALID_ARGUMENT."""
+
+    @_abc_1.abstractmethod
+    def PlanDeployments(
+        self,
+        request: _scheduler_service_pb2.PlanDeploymentsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_scheduler_service_pb2.PlanDeploymentsResponse, _abc.Awaitable[_scheduler_service_pb2.PlanDeploymentsResponse]]:
+        """Says what a declaration would take, whom it would pre-empt and why, and changes nothing. A name that
+        exists is planned as an update. Errors: INVALID_ARGUMENT (a field, with its path), FAILED_PRECONDITION (no
+        node or quota could ever hold the model).
+        """
 
 def add_SchedulerServiceServicer_to_server(servicer: SchedulerServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

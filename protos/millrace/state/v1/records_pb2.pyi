@@ -12,6 +12,7 @@ from google.protobuf.internal import containers as _containers
 from millrace.core.v1 import deployment_pb2 as _deployment_pb2
 from millrace.core.v1 import node_pb2 as _node_pb2
 from millrace.core.v1 import policy_pb2 as _policy_pb2
+from millrace.core.v1 import replica_pb2 as _replica_pb2
 from millrace.core.v1 import sizing_pb2 as _sizing_pb2
 from millrace.core.v1 import stats_pb2 as _stats_pb2
 from millrace.core.v1 import types_pb2 as _types_pb2
@@ -212,6 +213,8 @@ class DeploymentPlanRecord(_message.Message):
     OBSERVED_GENERATION_FIELD_NUMBER: _builtins.int
     CONDITIONS_FIELD_NUMBER: _builtins.int
     LAST_FAILURE_FIELD_NUMBER: _builtins.int
+    RESERVATIONS_FIELD_NUMBER: _builtins.int
+    PREEMPTION_FIELD_NUMBER: _builtins.int
     namespace: _builtins.str
     """Tenant."""
     name: _builtins.str
@@ -228,6 +231,14 @@ class DeploymentPlanRecord(_message.Message):
     def last_failure(self) -> _deployment_pb2.ReplicaFailure:
         """The last failure; kept until a later replica has served for a while or the spec changes."""
 
+    @_builtins.property
+    def reservations(self) -> _containers.RepeatedCompositeFieldContainer[Global___RoomReservation]:
+        """Room that is kept for its replicas until those that they pre-empt have ended."""
+
+    @_builtins.property
+    def preemption(self) -> Global___PreemptionRecord:
+        """How it last lost a replica to a more important deployment; absent once it has all that it wants again."""
+
     def __init__(
         self,
         *,
@@ -237,14 +248,96 @@ class DeploymentPlanRecord(_message.Message):
         observed_generation: _builtins.int = ...,
         conditions: _abc.Iterable[_deployment_pb2.Condition] | None = ...,
         last_failure: _deployment_pb2.ReplicaFailure | None = ...,
+        reservations: _abc.Iterable[Global___RoomReservation] | None = ...,
+        preemption: Global___PreemptionRecord | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["last_failure", b"last_failure"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["last_failure", b"last_failure", "preemption", b"preemption"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["conditions", b"conditions", "deployment_uid", b"deployment_uid", "last_failure", b"last_failure", "name", b"name", "namespace", b"namespace", "observed_generation", b"observed_generation"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["conditions", b"conditions", "deployment_uid", b"deployment_uid", "last_failure", b"last_failure", "name", b"name", "namespace", b"namespace", "observed_generation", b"observed_generation", "preemption", b"preemption", "reservations", b"reservations"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DeploymentPlanRecord: _TypeAlias = DeploymentPlanRecord  # noqa: Y015
+
+@_typing.final
+class RoomReservation(_message.Message):
+    """RoomReservation is room on a node that nobody else may take."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NODE_FIELD_NUMBER: _builtins.int
+    DEVICES_FIELD_NUMBER: _builtins.int
+    VICTIMS_FIELD_NUMBER: _builtins.int
+    DEADLINE_TIME_FIELD_NUMBER: _builtins.int
+    node: _builtins.str
+    """Node."""
+    @_builtins.property
+    def devices(self) -> _containers.RepeatedCompositeFieldContainer[_replica_pb2.DeviceClaim]:
+        """Devices and how much of each."""
+
+    @_builtins.property
+    def victims(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Replicas whose end frees it."""
+
+    @_builtins.property
+    def deadline_time(self) -> _timestamp_pb2.Timestamp:
+        """When the last of them is stopped at the latest."""
+
+    def __init__(
+        self,
+        *,
+        node: _builtins.str = ...,
+        devices: _abc.Iterable[_replica_pb2.DeviceClaim] | None = ...,
+        victims: _abc.Iterable[_builtins.str] | None = ...,
+        deadline_time: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["deadline_time", b"deadline_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["deadline_time", b"deadline_time", "devices", b"devices", "node", b"node", "victims", b"victims"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RoomReservation: _TypeAlias = RoomReservation  # noqa: Y015
+
+@_typing.final
+class PreemptionRecord(_message.Message):
+    """PreemptionRecord is how a deployment lost a replica to a more important one."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DEPLOYMENT_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
+    REPLICA_FIELD_NUMBER: _builtins.int
+    NODE_FIELD_NUMBER: _builtins.int
+    TIME_FIELD_NUMBER: _builtins.int
+    deployment: _builtins.str
+    """Deployment that took the room, as `namespace/name`."""
+    priority: _builtins.int
+    """Its priority then."""
+    replica: _builtins.str
+    """Replica that made room."""
+    node: _builtins.str
+    """Where."""
+    @_builtins.property
+    def time(self) -> _timestamp_pb2.Timestamp:
+        """When."""
+
+    def __init__(
+        self,
+        *,
+        deployment: _builtins.str = ...,
+        priority: _builtins.int = ...,
+        replica: _builtins.str = ...,
+        node: _builtins.str = ...,
+        time: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["time", b"time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["deployment", b"deployment", "node", b"node", "priority", b"priority", "replica", b"replica", "time", b"time"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PreemptionRecord: _TypeAlias = PreemptionRecord  # noqa: Y015
 
 @_typing.final
 class NodeObservationRecord(_message.Message):

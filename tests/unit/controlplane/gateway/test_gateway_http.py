@@ -308,3 +308,47 @@ def test_openapi_references_resolve() -> None:
     declared = schemas["DeclaredModel"]
     assert declared["additionalProperties"] is False
     assert set(declared["required"]) == {"name", "model"}
+
+
+async def test_placement_goes_in_and_comes_out(http: Http) -> None:
+    await http.api.add_node()
+    placement = {
+        "node_selector": {"zone": "north"},
+        "tolerations": [{"key": "dedicated", "value": "lab"}],
+        "device_pins": [{"node": "node-1", "device_ids": ["cpu"]}],
+    }
+    body = model(engine="simulator", priority=8, placement=placement) | {"namespace": "team"}
+    assert (await http.request("POST", "/v1/deployments", body)).status == 201
+    content = await (await http.request("GET", "/v1/deployments/team/a")).json()
+    assert (content["priority"], content["placement"]) == (8, placement)
+    changed = await http.request("PATCH", "/v1/deployments/team/a", {"priority": 3, "placement": None})
+    content = await changed.json()
+    assert (content["priority"], content["placement"]) == (3, None)
+    wrong = model(placement={"node_selectors": {}}) | {"namespace": "team"}
+    error = await http.refused(400, "POST", "/v1/deployments", wrong)
+    assert error["fields"][0]["field"] == "models[0].placement.node_selectors"
+    assert "did you mean `node_selector`" in error["fields"][0]["description"]
+
+
+async def test_a_plan_over_http_changes_nothing(http: Http) -> None:
+    await http.api.add_node()
+    before = (await http.api.store.list(keys.ROOT)).revision
+    response = await http.request("POST", "/v1/plan", {"models": R1["models"]}, token=VIEWER_TOKEN)
+    content = await response.json()
+    assert response.status == 200, content
+    (planned,) = content["deployments"]
+    assert [each["node"] for each in planned["replicas"]] == ["node-1"]
+    assert planned["replicas"][0]["devices"][0]["memory_bytes"] == planned["sizing"]["total_bytes"]
+    assert (await http.api.store.list(keys.ROOT)).revision == before
+
+
+async def test_labels_and_taints_over_http(http: Http) -> None:
+    await http.api.add_node()
+    change = {"labels": {"zone": "north"}, "taints": [{"key": "maintenance", "effect": "no_execute"}]}
+    response = await http.request("PATCH", "/v1/nodes/node-1", change)
+    content = await response.json()
+    assert response.status == 200, content
+    assert content["labels"] == {"zone": "north"}
+    assert content["taints"] == [{"key": "maintenance", "value": "", "effect": "no_execute"}]
+    cleared = await (await http.request("PATCH", "/v1/nodes/node-1", {"taints": []})).json()
+    assert (cleared["labels"], cleared["taints"]) == ({"zone": "north"}, [])

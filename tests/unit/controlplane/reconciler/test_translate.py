@@ -1,3 +1,4 @@
+from dataclasses import replace
 from datetime import UTC, datetime
 
 from google.protobuf.struct_pb2 import Struct
@@ -6,8 +7,19 @@ from millrace.state.v1 import records_pb2
 
 from controlplane.reconciler import View, build_snapshot
 from controlplane.reconciler.loop import new_replica_id
+from controlplane.reconciler.snapshot import follow
 from controlplane.reconciler.translate import OPERATIONS_MAX, Transaction, translate
-from controlplane.scheduler import plan
+from controlplane.scheduler import (
+    Claim,
+    Conclusion,
+    Condition,
+    Drain,
+    Plan,
+    Planner,
+    Reservation,
+    Truth,
+    plan,
+)
 from core.store import Put, keys
 from core.store.checks import MAXIMUM_OPERATIONS
 
@@ -82,6 +94,58 @@ def launched(view: View) -> replica_pb2.LaunchSpec:
 def test_an_explicit_share_of_the_device_leaves_the_cache_to_the_engine() -> None:
     assert launched(view_of(replicas=1)).kv_cache_bytes == 99
     assert launched(view_of(replicas=1, gpu_memory_utilization=0.5)).kv_cache_bytes == 0
+
+
+def test_who_makes_room_and_for_whom_it_is_kept_are_one_transaction() -> None:
+    view = view_of(replicas=0)
+    urgent = records_pb2.DeploymentRecord(namespace="lab", name="urgent", uid="u", generation=1)
+    assignment = replica_pb2.ReplicaAssignment(
+        namespace="team", deployment="qwen", replica="qwen-1", deployment_uid="uid", node="node-1"
+    )
+    view = replace(
+        view,
+        deployments={**view.deployments, keys.spec_deployment("lab", "urgent"): urgent},
+        assignments={keys.plan_replica("team", "qwen", "qwen-1"): assignment},
+    )
+    good = Condition(Truth.TRUE, "Placed", "")
+    kept = Reservation("node-1", (Claim("cpu", 1),), ("qwen-1",), NOW)
+    made = Plan(
+        drain=(Drain("qwen-1", "team/qwen", NOW, "why", preempted_by="lab/urgent"),),
+        conclusions=(
+            Conclusion("lab/urgent", good, good, pending=1, reservations=(kept,)),
+            Conclusion("team/qwen", good, good),
+        ),
+    )
+    transactions = {each.deployment: each for each in translate(made, view, now=NOW, fencing_token=5)}
+    both = transactions["lab/urgent"]
+    assert {each.key for each in both.operations} == {
+        keys.plan_deployment("lab", "urgent"),
+        keys.plan_replica("team", "qwen", "qwen-1"),
+    }
+    guards = {each.key for each in both.compares}
+    assert {keys.spec_deployment("lab", "urgent"), keys.spec_deployment("team", "qwen")} <= guards
+    assert [each.reason for each in both.notices] == ["Preempted"]
+    assert keys.plan_replica("team", "qwen", "qwen-1") not in {
+        each.key for each in transactions["team/qwen"].operations
+    }
+
+
+def test_following_changes_leads_to_the_books_of_a_whole_snapshot() -> None:
+    view = view_of(replicas=2)
+    first = Planner()
+    everything = [*view.deployments, *view.nodes, keys.plan_replica("team", "gone", "gone-1")]
+    assert follow(first.books, view, everything) == {"team/qwen", "team/gone"}
+    second = Planner()
+    second.books.load(build_snapshot(view))
+    assert (first.books.deployments, first.books.nodes) == (second.books.deployments, second.books.nodes)
+    numbered = [iter(f"r{index}" for index in range(9)) for _ in range(2)]
+    plans = [
+        planner.plan(NOW, lambda _, ids=ids: next(ids))
+        for planner, ids in zip((first, second), numbered, strict=True)
+    ]
+    assert plans[0] == plans[1]
+    follow(first.books, replace(view, nodes={}), list(view.nodes))
+    assert not first.books.nodes
 
 
 def test_nothing_to_do_is_no_transaction() -> None:

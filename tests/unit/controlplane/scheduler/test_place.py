@@ -3,8 +3,10 @@ from dataclasses import replace
 import pytest
 
 from controlplane.scheduler import Claim, DeviceView, EngineView, Need, NodeView
+from controlplane.scheduler.books import Books
 from controlplane.scheduler.explain import explain
-from controlplane.scheduler.place import Preferences, Room, choose_devices, eligible_nodes, find_placement
+from controlplane.scheduler.place import Index, Placement, Preferences, Search
+from controlplane.scheduler.room import Room
 from core.states import DeviceKind, Engine, NodeState
 
 GIB = 1 << 30
@@ -26,9 +28,15 @@ def gpus(count: int, gib: int) -> Need:
     return Need(Engine.VLLM, (DeviceKind.NVIDIA,), count, count * gib * GIB)
 
 
-def cluster(*nodes: NodeView) -> tuple[dict[str, NodeView], Room]:
-    found = {node.name: node for node in sorted(nodes, key=lambda node: node.name)}
-    return found, Room(found)
+def cluster(*nodes: NodeView) -> tuple[Books, Room]:
+    books = Books()
+    for node in nodes:
+        books.set_node(node.name, node)
+    return books, books.room
+
+
+def find_placement(need: Need, books: Books, room: Room, preferences: Preferences) -> Placement | None:
+    return Search(need, Index(need, books), room, preferences).best()
 
 
 def test_replicas_are_spread_and_used_nodes_are_filled_first() -> None:
@@ -71,27 +79,26 @@ def test_several_devices_are_equal_and_the_fullest_that_fit() -> None:
     node = machine("a", gpus=4)
     room = Room({"a": node})
     room.claim("a", [Claim("gpu-0", 70 * GIB), Claim("gpu-2", 10 * GIB)])
-    claims = choose_devices(gpus(2, 60), node, room)
+    claims = room.choose(gpus(2, 60), "a")
     assert claims is not None
     assert [claim.device_id for claim in claims] == ["gpu-2", "gpu-1"]
     assert {claim.memory_bytes for claim in claims} == {60 * GIB}
-    assert choose_devices(gpus(4, 60), node, room) is None
+    assert room.choose(gpus(4, 60), "a") is None
     mixed = replace(node, devices=(*node.devices[:2], DeviceView("gpu-9", DeviceKind.NVIDIA, 24 * GIB)))
-    assert choose_devices(gpus(2, 10), mixed, Room({"a": mixed})) is None
+    assert Room({"a": mixed}).choose(gpus(2, 10), "a") is None
 
 
 def test_odd_memory_is_rounded_up_on_each_device() -> None:
     need = Need(Engine.VLLM, (DeviceKind.NVIDIA,), 2, 7)
-    claims = choose_devices(need, machine("a", gpus=2), Room({"a": machine("a", gpus=2)}))
+    claims = Room({"a": machine("a", gpus=2)}).choose(need, "a")
     assert claims is not None
     assert [claim.memory_bytes for claim in claims] == [4, 4]
 
 
 def test_an_external_url_needs_no_engine_and_no_device() -> None:
     bare = NodeView("a", NodeState.READY)
-    found = find_placement(
-        Need(Engine.EXTERNAL), eligible_nodes(Need(Engine.EXTERNAL), {"a": bare}), Room({"a": bare}), ANY
-    )
+    nodes, room = cluster(bare)
+    found = find_placement(Need(Engine.EXTERNAL), nodes, room, ANY)
     assert found is not None
     assert found.claims == ()
 
@@ -108,7 +115,7 @@ def test_an_explanation_counts_each_reason() -> None:
         missing,
         replace(machine("f", cpu_gib=1), draining=True),
     )
-    why = explain(cpu(3), nodes, room, ANY)
+    why = explain(cpu(3), nodes.nodes, room, ANY)
     assert why.summary == (
         "needs 3.0 GiB on CPU; 6 nodes: 1 silent, 2 being drained or cordoned, "
         "1 without the engine (vllm cannot be started on CPU: not installed), "
@@ -136,12 +143,12 @@ def test_an_explanation_counts_each_reason() -> None:
 )
 def test_the_cheapest_change_is_suggested(need: Need, nodes: list[NodeView], suggestion: str) -> None:
     found, room = cluster(*nodes)
-    assert explain(need, found, room, ANY).suggestion == suggestion
+    assert explain(need, found.nodes, room, ANY).suggestion == suggestion
 
 
 def test_a_full_node_suggests_scaling_something_down() -> None:
     nodes, room = cluster(machine("a"))
     room.claim("a", [Claim("cpu", 15 * GIB)])
-    why = explain(cpu(4), nodes, room, ANY)
+    why = explain(cpu(4), nodes.nodes, room, ANY)
     assert "scale another deployment on node a down" in why.sentence
     assert "4.0 GiB needed, largest free 1.0 GiB of 16.0 GiB" in why.nodes[0].message

@@ -3,7 +3,7 @@ from typing import Any
 
 import pytest
 
-from controlplane.scheduler import DeploymentView, Need, NodeView, Policy, ReplicaView, Snapshot
+from controlplane.scheduler import DeploymentView, Need, NodeView, Policy, ReplicaView
 from controlplane.scheduler.reconcile import Case, Class, classify, frozen_reason, surplus_order
 from core.states import Engine, NodeState, ReplicaState
 
@@ -89,14 +89,13 @@ def test_the_first_rule_that_holds_wins(
 def test_many_silent_nodes_freeze_one_among_others_does_not(states: str, *, is_frozen: bool) -> None:
     kinds = {"R": NodeState.READY, "S": NodeState.SILENT, "L": NodeState.LOST}
     nodes = {f"n{index}": NodeView(f"n{index}", kinds[each]) for index, each in enumerate(states)}
-    replicas = {f"r{name}": replica(replica=f"r{name}", node=name) for name in nodes}
-    assert bool(frozen_reason(Snapshot(nodes=nodes, replicas=replicas), Policy())) is is_frozen
+    assert bool(frozen_reason(nodes, nodes, Policy())) is is_frozen
 
 
 def test_lost_nodes_that_hold_nothing_are_forgotten() -> None:
     nodes = {name: NodeView(name, NodeState.LOST) for name in ("a", "b", "c")}
     nodes["d"] = NodeView("d", NodeState.READY)
-    assert not frozen_reason(Snapshot(nodes=nodes), Policy())
+    assert not frozen_reason(nodes, (), Policy())
 
 
 def test_what_does_not_serve_is_given_up_first_then_the_newest() -> None:

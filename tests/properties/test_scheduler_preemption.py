@@ -1,0 +1,113 @@
+"""Pre-emption takes what it needs and no more: compared with a search through every set of replicas."""
+
+import itertools
+from dataclasses import replace
+
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+
+from controlplane.scheduler import DeploymentView, Need, Plan, Policy, ReplicaView
+from controlplane.scheduler.books import Books
+from controlplane.scheduler.filters import allows
+from controlplane.scheduler.preempt import Candidate, Cost, cost_of
+from tests.properties.test_scheduler_safety import EXAMPLES, PARTS
+from tests.support.scheduled_world import World, needs, worlds
+
+QUICK = settings(
+    max_examples=-(-EXAMPLES // PARTS),
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
+)
+# Every subset of a node's replicas is tried.
+CANDIDATES_MAX = 9
+
+
+def candidates(world: World, priority: int, node: str) -> list[Candidate]:
+    owners = world.deployments
+    return [
+        Candidate(each, owners[each.deployment].priority)
+        for each in world.replicas.values()
+        if each.node == node and owners[each.deployment].priority < priority and each.claims
+    ]
+
+
+def fits(world: World, need: Need, node: str, without: tuple[ReplicaView, ...] = ()) -> bool:
+    books = Books()
+    gone = {each.replica for each in without}
+    kept = {name: each for name, each in world.replicas.items() if name not in gone}
+    books.load(replace(world.snapshot(), replicas=kept))
+    return allows(need, world.nodes[node]) and books.room.fits(need, node)
+
+
+def cheapest(world: World, need: Need, priority: int) -> Cost | None:
+    """The least cost over every node and every set of replicas."""
+    costs: list[Cost] = []
+    for node in world.nodes:
+        choices = candidates(world, priority, node)
+        assume(len(choices) <= CANDIDATES_MAX)
+        for size in range(1, len(choices) + 1):
+            sets = [
+                each
+                for each in itertools.combinations(choices, size)
+                if fits(world, need, node, tuple(one.replica for one in each))
+            ]
+            if sets:
+                costs.append(min(cost_of(each) for each in sets))
+                break
+    return min(costs, default=None)
+
+
+def victims_of(world: World, made: Plan) -> list[Candidate]:
+    return [
+        Candidate(world.replicas[each.replica], world.deployments[each.deployment].priority)
+        for each in made.drain
+        if each.preempted_by == "team/urgent"
+    ]
+
+
+@QUICK
+@given(worlds(priorities=(1, 3, 5, 8)), needs(), st.integers(2, 10))
+def test_the_cheapest_set_makes_room_and_no_more(world: World, need: Need, priority: int) -> None:
+    world.quotas.clear()
+    world.settle()
+    world.deployments["team/urgent"] = DeploymentView(
+        "team/urgent", "urgent", 1, 1, 1, need, priority=priority
+    )
+    room = any(fits(world, need, node) for node in world.nodes)
+    least = None if room else cheapest(world, need, priority)
+    made = world.plan()
+    victims = victims_of(world, made)
+    assert bool(victims) == (least is not None)
+    if victims:
+        assert cost_of(victims) == least
+        node = victims[0].replica.node
+        assert {each.replica.node for each in victims} == {node}
+        gone = tuple(each.replica for each in victims)
+        assert fits(world, need, node, gone)
+        for spared in gone:
+            assert not fits(world, need, node, tuple(each for each in gone if each is not spared))
+    world.settle()
+    urgent = [each for each in world.replicas.values() if each.deployment == "team/urgent"]
+    assert len(urgent) == int(room or least is not None)
+
+
+@QUICK
+@given(worlds(priorities=(1, 3, 5, 8)), needs(), st.integers(1, 3), st.data())
+def test_pre_emption_ends_and_never_comes_back(
+    world: World, need: Need, desired: int, data: st.DataObject
+) -> None:
+    """Whoever made room is not asked again for the same replica, and takes nothing back from others."""
+    world.settle()
+    world.deployments["team/urgent"] = DeploymentView("team/urgent", "u", 1, 1, desired, need, priority=9)
+    asked: set[str] = set()
+    for _ in range(12):
+        lost = data.draw(st.sets(st.sampled_from(sorted(world.deployments)), max_size=1))
+        made = world.round(lost)
+        for drain in made.drain:
+            if drain.preempted_by and drain.preempted_by not in lost:
+                assert drain.preempted_by == "team/urgent", "who was pre-empted must not pre-empt"
+                assert drain.deadline == world.now + Policy().drain
+                assert drain.replica not in asked
+                asked.add(drain.replica)
+        world.step()
+    world.settle()
