@@ -55,6 +55,9 @@ def remember(
         until = failure.next_attempt
         bounded = None if until is None else min(until, now + policy.back_off_max)
         failure = replace(failure, time=now, next_attempt=bounded)
+    if failure is not None and failure.generation not in {0, deployment.launch_generation}:
+        # Another launch's: it is told until the present one has proved itself, and delays nothing.
+        failure = replace(failure, next_attempt=None)
     at_once = 0
     for replica in sorted(failed, key=lambda each: (each.state_time or now, each.replica)):
         if replica.generation != deployment.launch_generation:
@@ -84,6 +87,8 @@ def _after(
     previous: Failure | None, replica: ReplicaView, now: datetime, policy: Policy
 ) -> tuple[Failure, int]:
     """Adds one failure; also returns how many replacements it allows at once."""
+    if previous is not None and previous.generation not in {0, replica.generation}:
+        previous = None
     served = replica.ready_time is not None
     ended = replica.state_time or now
     stable = replica.ready_time is not None and ended - replica.ready_time >= policy.stable
@@ -107,5 +112,6 @@ def _after(
         time=now,
         consecutive=consecutive,
         next_attempt=next_attempt,
+        generation=replica.generation,
     )
     return found, at_once
