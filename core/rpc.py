@@ -62,7 +62,9 @@ _CHANNEL_OPTIONS = [
     ("grpc.keepalive_timeout_ms", KEEPALIVE_TIMEOUT_MS),
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
+    # Also the least time that an attempt to connect gets: a server that a thousand agents come back to at
+    # once, or a machine that is busy, needs more than a moment for its first word.
+    ("grpc.min_reconnect_backoff_ms", 2_000),
     ("grpc.max_reconnect_backoff_ms", 1_000),
     # A proxy of the environment must never see cluster traffic.
     ("grpc.enable_http_proxy", 0),
