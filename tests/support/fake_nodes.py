@@ -10,7 +10,7 @@ from core import errors
 
 
 class FakeNodes:
-    """Nodes that a test fills in, and labels and taints as they were sent; a dry run finds room for nothing."""
+    """Nodes that a test fills in, labels and taints as they were sent; a dry run finds no room."""
 
     nodes: dict[str, Node]
 

@@ -138,11 +138,7 @@ def test_following_changes_leads_to_the_books_of_a_whole_snapshot() -> None:
     second = Planner()
     second.books.load(build_snapshot(view))
     assert (first.books.deployments, first.books.nodes) == (second.books.deployments, second.books.nodes)
-    numbered = [iter(f"r{index}" for index in range(9)) for _ in range(2)]
-    plans = [
-        planner.plan(NOW, lambda _, ids=ids: next(ids))
-        for planner, ids in zip((first, second), numbered, strict=True)
-    ]
+    plans = [planner.plan(NOW, lambda key: f"{key}-new") for planner in (first, second)]
     assert plans[0] == plans[1]
     follow(first.books, replace(view, nodes={}), list(view.nodes))
     assert not first.books.nodes
