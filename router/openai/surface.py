@@ -11,11 +11,13 @@ import orjson
 from aiohttp import hdrs, web
 
 from router.director import Call, Director
+from router.downstream import Downstream
 from router.openai import errors
 from router.openai.body import ParsedBody, parse_body
 from router.openai.errors import Reason, Refusal
+from router.openai.http import AiohttpDownstream
 from router.picking.contract import RequestContext
-from router.record import RECORD
+from router.record import RECORD, RequestRecord
 from router.view.view import Deployment
 
 INFERENCE_ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings")
@@ -51,7 +53,10 @@ class OpenAISurface:
 
     async def infer(self, request: web.Request) -> web.StreamResponse:
         """Serves chat completions, completions and embeddings: one way for all."""
-        record = request[RECORD]
+        downstream = AiohttpDownstream(request)
+        return await downstream.run(self._infer(request, request[RECORD], downstream))
+
+    async def _infer(self, request: web.Request, record: RequestRecord, downstream: Downstream) -> None:
         tenant = self._director.authenticate(request.headers.get(hdrs.AUTHORIZATION), record)
         with self._director.admit():
             body = await self._read_body(request)
@@ -75,8 +80,15 @@ class OpenAISurface:
                 ),
                 session=_session(request, parsed),
             )
-            return await self._director.forward(
-                Call(request=request, record=record, context=context, parsed=parsed)
+            await self._director.forward(
+                Call(
+                    path=request.path_qs,
+                    headers=request.headers,
+                    downstream=downstream,
+                    record=record,
+                    context=context,
+                    parsed=parsed,
+                )
             )
 
     async def list_models(self, request: web.Request) -> web.StreamResponse:

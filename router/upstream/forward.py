@@ -61,12 +61,14 @@ class Answer:
         status: HTTP status.
         headers: As the engine sent them.
         head: First bytes of the body; empty for an empty body.
+        failure: How its body broke off, once it has; for people.
     """
 
     def __init__(self, response: aiohttp.ClientResponse, head: bytes, idle_seconds: float) -> None:
         self.status = response.status
         self.headers = response.headers
         self.head = head
+        self.failure = ""
         self._response = response
         self._idle_seconds = idle_seconds
 

@@ -1,0 +1,76 @@
+"""The client's side of one request, whatever carries it: what the director and the relay write to.
+
+    start   status and headers, once; a second answer that continues the first does not start again
+    write   bytes of the body, in order; never waits
+    end     the body is complete; the connection may serve the next request
+    abort   the connection ends before the body does, so that nothing looks complete
+    drain   waits while the client takes less than it is sent
+
+In come these calls, out go bytes of HTTP. An implementation frames them (length or chunks) and keeps what
+the client has not taken yet; it bounds that by `drain`, not by losing anything. A client that has left is
+told by cancelling whoever serves it; what is written to it afterwards is dropped.
+"""
+
+from collections.abc import Mapping
+from typing import Protocol
+
+
+class Downstream(Protocol):
+    """One request's way back to its client.
+
+    Attributes:
+        started: Status and headers have been given.
+        length: Bytes of the body as promised in the headers; None for a stream.
+        content_type: As promised in the headers; empty for none.
+        tail: The piece that was written last; empty before the first.
+    """
+
+    @property
+    def started(self) -> bool:
+        """Status and headers have been given."""
+        ...
+
+    @property
+    def length(self) -> int | None:
+        """Bytes of the body as promised in the headers; None for a stream."""
+        ...
+
+    @property
+    def content_type(self) -> str:
+        """As promised in the headers; empty for none."""
+        ...
+
+    @property
+    def tail(self) -> bytes:
+        """The piece that was written last; empty before the first."""
+        ...
+
+    def start(self, status: int, headers: Mapping[str, str], *, length: int | None) -> None:
+        """Gives status and headers, once.
+
+        Args:
+            status: HTTP status.
+            headers: Without those that frame the body.
+            length: Bytes of the body; None where they are not known.
+        """
+        ...
+
+    def write(self, piece: bytes) -> None:
+        """Gives the next bytes of the body; an empty piece is nothing."""
+        ...
+
+    def end(self, *, close: bool = False) -> None:
+        """Completes the body; `close` ends the connection after it."""
+        ...
+
+    def abort(self) -> None:
+        """Ends the connection at once."""
+        ...
+
+    async def drain(self) -> None:
+        """Waits until what was written is with the client, or at least in bounded buffers.
+
+        Raises:
+            ConnectionError: The client has left.
+        """
+        ...
