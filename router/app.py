@@ -38,6 +38,7 @@ from router.upstream.forward import Forwarder
 from router.upstream.loads import LoadTable
 from router.upstream.pool import UpstreamPool
 from router.view.source import ViewSource
+from router.wire.deadlines import Deadlines
 
 _log = structlog.get_logger(__name__)
 
@@ -76,7 +77,9 @@ class RouterApplication:
         self.metrics = metrics or RouterMetrics()
         loads = LoadTable()
         self.source = ViewSource(store, clock, take_in_flight_peak=loads.take_peak)
-        self._pool = UpstreamPool(connect_timeout_seconds=settings.connect_timeout_seconds)
+        self._pool = UpstreamPool(
+            connect_timeout_seconds=settings.connect_timeout_seconds, clock=clock, deadlines=Deadlines(clock)
+        )
         self.director = Director(
             source=self.source,
             strategy=strategy,

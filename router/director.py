@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import structlog
-from multidict import CIMultiDictProxy
 
 from core.clock import Clock
 from core.identity import bearer_token, hash_secret
@@ -24,15 +23,17 @@ from router.picking.contract import Candidate, RequestContext, Strategy
 from router.picking.eligibility import eligible
 from router.picking.selector import Selector
 from router.record import CLIENT_CLOSED_REQUEST, RequestRecord
+from router.upstream.answer import Answer
 from router.upstream.budget import RetryBudget
 from router.upstream.failures import AttemptFailed, Cause, ErrorAnswer, Owner
-from router.upstream.forward import Answer, Forwarder, Timeouts
+from router.upstream.forward import Forwarder, Timeouts
 from router.upstream.headers import ENDPOINT_HEADER, request_headers
 from router.upstream.health import EndpointHealth
 from router.upstream.loads import LoadTable
 from router.upstream.relay import Outcome, break_off, end_answer, relay, start_answer
 from router.view.source import ViewSource
 from router.view.view import Deployment, Endpoint, Miss, Tenant, View
+from router.wire.headers import RequestHeaders
 
 _log = structlog.get_logger(__name__)
 
@@ -59,7 +60,7 @@ class Call:
     """
 
     path: str
-    headers: CIMultiDictProxy[str]
+    headers: RequestHeaders
     downstream: Downstream
     record: RequestRecord
     context: RequestContext
@@ -229,9 +230,10 @@ class Director:
             call.headers, request_id=record.request_id, trace_parent=record.trace_parent
         )
         with self.health.probe(endpoint), self.selector.send(call.context, candidate) as flight:
-            async with self._forwarder.attempt(
+            answer = await self._forwarder.attempt(
                 endpoint, call.path, body=body, headers=headers, stream=call.parsed.stream
-            ) as answer:
+            )
+            try:
                 flight.first_byte()
                 record.first_byte_seconds = self._clock.monotonic() - record.started_seconds
                 record.status = answer.status
@@ -240,6 +242,8 @@ class Director:
                 self.health.succeeded(endpoint)
                 start_answer(answer, call.downstream, record)
                 outcome = await self._relay(call, answer)
+            finally:
+                answer.release()
         self._account(call, endpoint, outcome)
 
     async def _relay(self, call: Call, answer: Answer) -> Outcome:
@@ -249,7 +253,10 @@ class Director:
         if outcome is Outcome.COMPLETE:
             return await end_answer(call.downstream, client_stall_seconds=stall_seconds)
         if outcome in (Outcome.BROKEN, Outcome.IDLE):
-            break_off(call.downstream, answer.failure)
+            said = "The engine stopped sending."
+            if outcome is Outcome.BROKEN:
+                said = f"The engine's answer broke off: {answer.failure}"
+            break_off(call.downstream, said)
         return outcome
 
     def _account(self, call: Call, endpoint: Endpoint, outcome: Outcome) -> None:

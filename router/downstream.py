@@ -4,7 +4,8 @@
     write   bytes of the body, in order; never waits
     end     the body is complete; the connection may serve the next request
     abort   the connection ends before the body does, so that nothing looks complete
-    drain   waits while the client takes less than it is sent
+    drain   waits while the client takes less than it is sent; `blocked` and `listener` say the same without
+            waiting
 
 In come these calls, out go bytes of HTTP. An implementation frames them (length or chunks) and keeps what
 the client has not taken yet; it bounds that by `drain`, not by losing anything. A client that has left is
@@ -15,15 +16,31 @@ from collections.abc import Mapping
 from typing import Protocol
 
 
+class DownstreamListener(Protocol):
+    """Who writes to a client, to be told what becomes of it."""
+
+    def drained(self) -> None:
+        """The client's side is not blocked any more."""
+        ...
+
+    def lost(self) -> None:
+        """The client has left."""
+        ...
+
+
 class Downstream(Protocol):
     """One request's way back to its client.
 
     Attributes:
-        started: Status and headers have been given.
-        length: Bytes of the body as promised in the headers; None for a stream.
-        content_type: As promised in the headers; empty for none.
-        tail: The piece that was written last; empty before the first.
+        listener: Who is told of changes; None for nobody.
     """
+
+    listener: DownstreamListener | None
+
+    @property
+    def blocked(self) -> bool:
+        """More waits for the client than is good: write again after `listener.drained` or `drain`."""
+        ...
 
     @property
     def started(self) -> bool:
@@ -55,8 +72,14 @@ class Downstream(Protocol):
         """
         ...
 
-    def write(self, piece: bytes) -> None:
-        """Gives the next bytes of the body; an empty piece is nothing."""
+    def write(self, piece: bytes, framed: bytes = b"") -> None:
+        """Gives the next bytes of the body; an empty piece is nothing.
+
+        Args:
+            piece: The bytes.
+            framed: The same bytes as one whole chunk, where the engine sent them so: goes out as it is if
+                the client gets chunks.
+        """
         ...
 
     def end(self, *, close: bool = False) -> None:

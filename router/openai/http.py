@@ -12,6 +12,7 @@ from typing import Any
 from aiohttp import hdrs, web
 
 from core.tasks import cancel_and_wait
+from router.downstream import DownstreamListener
 
 # As much as aiohttp itself keeps for a client before its own writes wait.
 _UNSENT_BYTES_MAX = 64 * 1024
@@ -21,6 +22,7 @@ class AiohttpDownstream:
     """Implements `router.downstream.Downstream`."""
 
     def __init__(self, request: web.Request) -> None:
+        self.listener: DownstreamListener | None = None
         self.started = False
         self.length: int | None = None
         self.content_type = ""
@@ -43,9 +45,15 @@ class AiohttpDownstream:
         self.started = True
         self._written.set()
 
-    def write(self, piece: bytes) -> None:
-        """Gives the next bytes of the body."""
-        if piece:
+    @property
+    def blocked(self) -> bool:
+        """More waits for the client than is good."""
+        return self._unsent_bytes > _UNSENT_BYTES_MAX
+
+    def write(self, piece: bytes, framed: bytes = b"") -> None:
+        """Gives the next bytes of the body; aiohttp frames them anew."""
+        del framed
+        if piece and not self._lost:
             self._pieces.append(piece)
             self._unsent_bytes += len(piece)
             self.tail = piece
@@ -68,7 +76,7 @@ class AiohttpDownstream:
 
     async def drain(self) -> None:
         """Waits until aiohttp has taken enough."""
-        while self._unsent_bytes > (0 if self._ended else _UNSENT_BYTES_MAX) and not self._lost:
+        while self.blocked and not self._lost:
             self._drained.clear()
             await self._drained.wait()
         if self._lost:
@@ -110,8 +118,7 @@ class AiohttpDownstream:
             while self._pieces:
                 piece = self._pieces.popleft()
                 await response.write(piece)
-                self._unsent_bytes -= len(piece)
-                self._drained.set()
+                self._take(len(piece))
         if self._response is not None and not self._lost:
             if self._ended:
                 await self._response.write_eof()
@@ -120,7 +127,16 @@ class AiohttpDownstream:
                 self.abort()
         self._drained.set()
 
+    def _take(self, count: int) -> None:
+        was_blocked = self.blocked
+        self._unsent_bytes -= count
+        self._drained.set()
+        if was_blocked and not self.blocked and self.listener is not None:
+            self.listener.drained()
+
     def _lose(self) -> None:
         self._lost = True
         self._pieces.clear()
         self._drained.set()
+        if self.listener is not None:
+            self.listener.lost()

@@ -19,6 +19,7 @@ from router.openai.http import AiohttpDownstream
 from router.picking.contract import RequestContext
 from router.record import RECORD, RequestRecord
 from router.view.view import Deployment
+from router.wire.headers import RequestHeaders
 
 INFERENCE_ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings")
 SESSION_HEADER = "x-session-id"
@@ -83,7 +84,7 @@ class OpenAISurface:
             await self._director.forward(
                 Call(
                     path=request.path_qs,
-                    headers=request.headers,
+                    headers=RequestHeaders(request.raw_headers),
                     downstream=downstream,
                     record=record,
                     context=context,

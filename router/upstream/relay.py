@@ -1,15 +1,16 @@
 """Writes an engine's answer to the client as it comes.
 
 In come an `Answer` whose first bytes are there and the client's side of the request; out goes every byte,
-unchanged or as a transform gives it. Starting an answer, relaying its body and ending it are three calls,
-so that another engine's answer can go on where one broke off. Back-pressure goes through: the next piece is
-read when the last one has been taken. What breaks after the start is told inside the stream or by closing
-the connection, because the status is gone.
+unchanged or as a transform gives it, inside the callback that brought it. Starting an answer, relaying its
+body and ending it are three calls, so that another engine's answer can go on where one broke off. What
+breaks after the start is told inside the stream or by closing the connection, because the status is gone.
 """
+
+from __future__ import annotations
 
 import asyncio
 from enum import Enum
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from aiohttp import hdrs
 
@@ -17,9 +18,10 @@ from router.downstream import Downstream
 from router.openai import sse
 from router.openai.errors import REASON_HEADER, Reason
 from router.record import RequestRecord
-from router.upstream.failures import AnswerBroken
-from router.upstream.forward import Answer
 from router.upstream.headers import answer_headers
+
+if TYPE_CHECKING:
+    from router.upstream.answer import Answer
 
 
 class Outcome(Enum):
@@ -78,33 +80,22 @@ async def relay(
         transform: What the body goes through; None for nothing.
         client_stall_seconds: How long a client may refuse to take a piece. One that does is cut off.
     """
-    piece = answer.head
-    try:
-        while piece:
-            downstream.write(piece if transform is None else transform.feed(piece))
-            async with asyncio.timeout(client_stall_seconds):
-                await downstream.drain()
-            try:
-                piece = await answer.next_piece()
-            except AnswerBroken as error:
-                answer.failure = f"The engine's answer broke off: {error}"
-                return Outcome.BROKEN
-            except TimeoutError:
-                answer.failure = "The engine stopped sending."
-                return Outcome.IDLE
-        if transform is not None:
-            downstream.write(transform.finish())
-    except ConnectionError:
-        return Outcome.CLIENT_GONE
-    except TimeoutError:
+    answer.flow(downstream, transform, client_stall_seconds=client_stall_seconds)
+    if answer.outcome is None:
+        await answer.ended
+    outcome = answer.outcome
+    if outcome is Outcome.COMPLETE and transform is not None:
+        downstream.write(transform.finish())
+    elif outcome is Outcome.CLIENT_STALLED:
         downstream.abort()
-        return Outcome.CLIENT_STALLED
-    return Outcome.COMPLETE
+    return outcome or Outcome.BROKEN
 
 
 async def end_answer(downstream: Downstream, *, client_stall_seconds: float) -> Outcome:
-    """Completes the client's answer and waits until the client has taken it."""
+    """Completes the client's answer and waits until the client has taken it, but for a bounded rest."""
     downstream.end()
+    if not downstream.blocked:
+        return Outcome.COMPLETE
     try:
         async with asyncio.timeout(client_stall_seconds):
             await downstream.drain()
