@@ -1,4 +1,4 @@
-"""The client's side of one request, whatever carries it: what the director and the relay write to.
+"""The client's side of one request, whatever carries it: what is read from it, and what is written to it.
 
     start   status and headers, once; a second answer that continues the first does not start again
     write   bytes of the body, in order; never waits
@@ -14,6 +14,30 @@ told by cancelling whoever serves it; what is written to it afterwards is droppe
 
 from collections.abc import Mapping
 from typing import Protocol
+
+from router.wire.headers import RequestHeaders
+
+
+class Incoming(Protocol):
+    """A request as it comes in."""
+
+    @property
+    def path(self) -> str:
+        """The route with its query."""
+        ...
+
+    @property
+    def headers(self) -> RequestHeaders:
+        """All headers."""
+        ...
+
+    async def read(self, *, bytes_max: int, timeout_seconds: float) -> bytes | None:
+        """Returns the body once it has come completely; None where it is longer than `bytes_max`.
+
+        Raises:
+            TimeoutError: It has not come in time.
+        """
+        ...
 
 
 class DownstreamListener(Protocol):

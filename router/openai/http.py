@@ -1,4 +1,4 @@
-"""A request's way back to its client through aiohttp's server: for requests that take the ordinary way.
+"""A request and its answer through aiohttp's server: for requests that take the ordinary way.
 
 In come the calls of `Downstream`, which do not wait; out go aiohttp's, which do. They meet in `pump`, which
 runs in the handler of the request while a task of its own serves it.
@@ -13,9 +13,37 @@ from aiohttp import hdrs, web
 
 from core.tasks import cancel_and_wait
 from router.downstream import DownstreamListener
+from router.wire.headers import RequestHeaders
 
 # As much as aiohttp itself keeps for a client before its own writes wait.
 _UNSENT_BYTES_MAX = 64 * 1024
+
+
+class AiohttpRequest:
+    """Implements `router.downstream.Incoming`."""
+
+    def __init__(self, request: web.Request) -> None:
+        self.path = request.path_qs
+        self.headers = RequestHeaders(request.raw_headers)
+        self._request = request
+
+    async def read(self, *, bytes_max: int, timeout_seconds: float) -> bytes | None:
+        """Returns the body once it has come completely; None where it is longer than `bytes_max`.
+
+        Raises:
+            TimeoutError: It has not come in time.
+        """
+        if (self._request.content_length or 0) > bytes_max:
+            return None
+        pieces: list[bytes] = []
+        size = 0
+        async with asyncio.timeout(timeout_seconds):
+            while piece := await self._request.content.readany():
+                size += len(piece)
+                if size > bytes_max:
+                    return None
+                pieces.append(piece)
+        return b"".join(pieces)
 
 
 class AiohttpDownstream:

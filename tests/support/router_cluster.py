@@ -156,13 +156,7 @@ async def cluster(
         clock=SystemClock(),
         admin_token="admin-token",
     )
-    runner = web.AppRunner(
-        router.application,
-        access_log=None,
-        handler_cancellation=True,
-        auto_decompress=False,
-        shutdown_timeout=1,
-    )
+    runner = router.runner(shutdown_timeout=1)
     await runner.setup()
     listener = socket.create_server(("127.0.0.1", 0))
     await web.SockSite(runner, listener).start()
