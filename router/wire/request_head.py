@@ -2,8 +2,8 @@
 
 In come the bytes of a head, out comes a `RequestHead`, or None: for every request that is not plainly one of
 those that the hot path takes. None is no refusal. Such a request goes, byte for byte, to aiohttp's parser,
-which decides about it; so the hot path can only be stricter than aiohttp, never laxer, and needs no answers of
-its own for what is malformed. Pure.
+which decides about it; so the hot path can only be stricter than aiohttp, never laxer, and needs no answers
+of its own for what is malformed. Pure.
 
 What it takes: POST, a known route, HTTP/1.1, a query of plain characters, header lines of visible ASCII, no
 name twice, a host, one length, and nothing that changes framing or the connection.
