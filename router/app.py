@@ -26,6 +26,7 @@ from core.telemetry import (
     request_id_of,
     trace_id_of,
 )
+from router.access_log import AccessLog
 from router.director import Director
 from router.metrics import RouterMetrics
 from router.openai import errors
@@ -78,6 +79,7 @@ class RouterApplication:
         metrics: RouterMetrics | None = None,
     ) -> None:
         self.metrics = metrics or RouterMetrics()
+        self._access_log = AccessLog()
         loads = LoadTable()
         self.source = ViewSource(store, clock, take_in_flight_peak=loads.take_peak)
         self._pool = UpstreamPool(
@@ -135,8 +137,10 @@ class RouterApplication:
         return True
 
     async def close(self) -> None:
-        """Closes the connections to engines."""
+        """Closes the connections to engines and writes what is left of the log."""
         await self._pool.close()
+        self._access_log.flush()
+        self.metrics.flush()
 
     async def _watch_age(self) -> None:
         while True:
@@ -147,6 +151,7 @@ class RouterApplication:
         index = self.director.selector.index
         self.metrics.view_aged(self.source.age_seconds())
         self.metrics.index_measured(len(index), index.estimated_bytes)
+        self.metrics.flush()
 
     def runner(self, **options: Any) -> web.BaseRunner:
         """Makes what serves the application, with the inference routes on the hot path.
@@ -192,7 +197,7 @@ class RouterApplication:
             _log.exception("request failed inside the router", request_id=request_id)
             self._refuse_on_wire(errors.internal_error(), record, downstream)
         finally:
-            record.end(self.metrics, self._clock)
+            record.end(self.metrics, self._access_log, self._clock)
             self._end()
 
     @staticmethod
@@ -237,7 +242,7 @@ class RouterApplication:
             record.status = record.status or response.status
             return response
         finally:
-            record.end(self.metrics, self._clock)
+            record.end(self.metrics, self._access_log, self._clock)
             self._end()
 
     async def _guarded(
