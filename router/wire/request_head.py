@@ -23,6 +23,10 @@ _HEADERS_MAX = 100
 _BEGINNING = b"POST /v1/"
 _REQUEST_LINE = re.compile(rb"POST (/[A-Za-z0-9/_-]+)(\?[A-Za-z0-9._~=&-]*)? HTTP/1\.1\r\n")
 _HEADERS = re.compile(rb"(?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[ \t]*[\x21-\x7e][\x20-\x7e\t]*\r\n)+\r\n")
+_INCOMPLETE_HEADERS = re.compile(
+    rb"(?:[!#$%&'*+.^_`|~0-9A-Za-z-]+:[ \t]*[\x21-\x7e][\x20-\x7e\t]*\r\n)*"
+    rb"(?:[!#$%&'*+.^_`|~0-9A-Za-z-]+(?::[ \t]*(?:[\x21-\x7e][\x20-\x7e\t]*\r?)?)?|\r)?"
+)
 _HEADER = re.compile(rb"([^:]+):[ \t]*([\x20-\x7e\t]*)\r\n")
 _LENGTH = re.compile(r"0|[1-9][0-9]{0,14}")
 _HOST = re.compile(r"[A-Za-z0-9._\[\]:-]+")
@@ -68,8 +72,16 @@ class RequestHead:
 
 
 def may_become_hot(data: bytes) -> bool:
-    """Tells whether bytes may be the beginning of a head of the hot path."""
-    return len(data) <= HEAD_BYTES_MAX and data[: len(_BEGINNING)] == _BEGINNING[: len(data)]
+    """Tells whether bytes without an empty line may be the beginning of a head of the hot path.
+
+    False as soon as a byte stands where it may not, so that aiohttp refuses what it would refuse at once.
+    """
+    if len(data) > HEAD_BYTES_MAX:
+        return False
+    line = _REQUEST_LINE.match(data)
+    if line is None:
+        return data[: len(_BEGINNING)] == _BEGINNING[: len(data)] and b"\n" not in data
+    return _INCOMPLETE_HEADERS.fullmatch(data, line.end()) is not None
 
 
 def parse_request_head(raw: bytes, routes: Mapping[bytes, str]) -> RequestHead | None:

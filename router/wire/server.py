@@ -55,17 +55,13 @@ class WireRequest:
         """All headers."""
         return self.head.headers
 
-    def feed(self, data: bytes) -> bytes:
-        """Takes bytes of the connection; returns what comes after the body."""
-        rest = b""
-        if len(data) > self.missing_bytes:
-            data, rest = data[: self.missing_bytes], data[self.missing_bytes :]
+    def feed(self, data: bytes) -> None:
+        """Takes the next bytes of the body, none beyond it."""
         self.missing_bytes -= len(data)
-        if data and not self._unwanted:
+        if not self._unwanted:
             self._pieces.append(data)
         if not self.missing_bytes and self._arrived is not None:
             self._arrived.set()
-        return rest
 
     async def read(self, *, bytes_max: int, timeout_seconds: float) -> bytes | None:
         """Returns the body once it has come completely; None where it is longer than `bytes_max`.
@@ -124,12 +120,8 @@ class WireProtocol(RequestHandler):
         if request is None:
             self._begin(self._early + data if self._early else data)
             return
-        rest = request.feed(data) if request.missing_bytes else data
-        if rest:
-            # The next request comes before the answer of this one: it waits, and so does what follows it.
-            self._early += rest
-            self._pause_transport_reading()
-        elif not request.missing_bytes and self._task is None:
+        self._feed(request, data)
+        if not request.missing_bytes and self._task is None and self._request is request:
             self._request = None
             self._next()
 
@@ -153,13 +145,23 @@ class WireProtocol(RequestHandler):
             return
         self._head, self._raw = head, raw
         request = self._request = WireRequest(head)
-        self._early = request.feed(data[end:])
-        if self._early:
-            self._pause_transport_reading()
+        self._early = b""
+        self._feed(request, data[end:])
         downstream = self._downstream = WireDownstream(transport, blocked=self._paused)
         task = EagerTask(self._serve(request, downstream), self._loop, self._served)
         if not task.done:
             self._task = task
+
+    def _feed(self, request: WireRequest, data: bytes) -> None:
+        """Gives a request the bytes of its body; keeps what comes after it."""
+        missing = request.missing_bytes
+        if len(data) > missing:
+            # The next request comes before the answer of this one: it waits, and so does what follows it.
+            self._early += data[missing:]
+            self._pause_transport_reading()
+            data = data[:missing]
+        if data:
+            request.feed(data)
 
     def _hand_over(self, data: bytes) -> None:
         """Gives this and all that follows to aiohttp."""
