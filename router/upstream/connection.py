@@ -46,7 +46,7 @@ class Connection(asyncio.Protocol):
         self._answer = answer
         self.deadline_seconds = deadline_seconds
         transport = self._transport
-        if transport is None:
+        if transport is None or transport.is_closing():
             answer.connection_ended(None)
         elif len(body) <= _JOINED_BYTES_MAX:
             transport.write(head + body)
