@@ -17,13 +17,13 @@ from asyncio import CancelledError, current_task
 # "Extending asyncio, Task lifetime support" of Python's manual: for other implementations of tasks.
 from asyncio.tasks import _enter_task, _leave_task
 from collections.abc import Callable, Coroutine, Generator
-from typing import Any
+from typing import Any, ClassVar
 
 
 class _Running:
     """The eager task whose coroutine is on the stack; None while there is none."""
 
-    task: "EagerTask | None" = None
+    task: ClassVar["EagerTask | None"] = None
 
 
 class Signal:
