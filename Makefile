@@ -27,7 +27,7 @@ ETCD_PORT ?= 2389
 ROUTER_WORKERS ?= 1
 ENGINE ?= vllm
 
-.PHONY: help up down test test-unit test-integration test-e2e test-scheduler lint type gen fmt
+.PHONY: help up down test test-unit test-integration test-e2e test-scheduler native test-native lint type gen fmt
 .PHONY: bench bench-router bench-scheduler chaos clean sync
 
 help: ## Show this help
@@ -111,8 +111,17 @@ lint: $(STAMP) $(BUF) ## ruff, import-linter, size limits, buf lint/format/break
 	@if git ls-tree -r --name-only HEAD 2>/dev/null | grep -q '^protos/.*[.]proto$$'; then $(BUF) breaking --against '$(BREAKING_AGAINST)'; fi
 	@$(MAKE) check-gen
 
+# Tests of the same sources run on both; `import router` must find the compiled tree first.
+native: $(STAMP) ## Compile the router's hot path (needs a C compiler): PYTHONPATH=.millrace/native millrace-router
+	@$(BIN)/python -m deploy.native
+
+test-native: native ## The router's tests on the compiled hot path
+	@$(BIN)/python -m pytest -o 'pythonpath=.millrace/native .' tests/unit/router tests/properties/test_wire_strictness.py \
+		tests/contract/test_openai_surface.py tests/integration/test_router_forwarding.py \
+		tests/integration/test_router_failover.py tests/integration/test_router_wire.py tests/integration/test_router_upstream.py
+
 type: $(STAMP) ## mypy --strict, tests included
-	@$(BIN)/mypy core controlplane nodeagent router clients/python deploy/local deploy/etcd tests
+	@$(BIN)/mypy core controlplane nodeagent router clients/python deploy/local deploy/etcd deploy/native tests
 
 fmt: $(STAMP) $(BUF) ## Format Python and protos
 	@$(BIN)/ruff check --fix --quiet $(SOURCES) || true

@@ -8,7 +8,7 @@ first is not to log them.
 
 import logging
 import sys
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from typing import Any, Literal
 
 import structlog
@@ -33,6 +33,18 @@ def _mask_secrets(_logger: Any, _method: str, event: MutableMapping[str, Any]) -
 def _rename_message(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
     event["message"] = event.pop("event", "")
     return event
+
+
+# Of the latest `configure`.
+_json_fields: Mapping[str, str] | None = None
+
+
+def json_fields() -> Mapping[str, str] | None:
+    """Returns the fields that every line of this process has; None unless lines are written as JSON.
+
+    For what logs too often to go through structlog: such lines must look like all others.
+    """
+    return _json_fields
 
 
 def configure(
@@ -89,3 +101,5 @@ def configure(
     )
     structlog.contextvars.clear_contextvars()
     structlog.contextvars.bind_contextvars(service=service, version=VERSION)
+    global _json_fields  # noqa: PLW0603 - logging itself is a global of the process, set up by its entry point
+    _json_fields = None if console else {"service": service, "version": VERSION}

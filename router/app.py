@@ -21,15 +21,17 @@ from core.store import Store
 from core.telemetry import (
     REQUEST_ID_HEADER,
     TRACE_PARENT_HEADER,
+    new_identifiers,
     new_trace_parent,
     request_id_of,
     trace_id_of,
 )
+from router.access_log import AccessLog
 from router.director import Director
 from router.metrics import RouterMetrics
 from router.openai import errors
 from router.openai.errors import Reason, Refusal
-from router.openai.surface import OpenAISurface, refusal_of_http, refusal_response
+from router.openai.surface import INFERENCE_ROUTES, OpenAISurface, refusal_of_http, refusal_response
 from router.picking.contract import Strategy
 from router.record import CLIENT_CLOSED_REQUEST, RECORD, RequestRecord
 from router.settings import RouterSettings
@@ -38,6 +40,9 @@ from router.upstream.forward import Forwarder
 from router.upstream.loads import LoadTable
 from router.upstream.pool import UpstreamPool
 from router.view.source import ViewSource
+from router.wire.deadlines import Deadlines
+from router.wire.downstream import WireDownstream
+from router.wire.server import WireRequest, WireRunner
 
 _log = structlog.get_logger(__name__)
 
@@ -74,9 +79,12 @@ class RouterApplication:
         metrics: RouterMetrics | None = None,
     ) -> None:
         self.metrics = metrics or RouterMetrics()
+        self._access_log = AccessLog()
         loads = LoadTable()
         self.source = ViewSource(store, clock, take_in_flight_peak=loads.take_peak)
-        self._pool = UpstreamPool(connect_timeout_seconds=settings.connect_timeout_seconds)
+        self._pool = UpstreamPool(
+            connect_timeout_seconds=settings.connect_timeout_seconds, clock=clock, deadlines=Deadlines(clock)
+        )
         self.director = Director(
             source=self.source,
             strategy=strategy,
@@ -97,14 +105,14 @@ class RouterApplication:
         self._idle.set()
         self._clock = clock
         self._admin = TokenAuthenticator({admin_token: Principal("admin", Role.ADMIN)})
-        surface = OpenAISurface(
+        self._surface = OpenAISurface(
             self.director,
             body_bytes_max=settings.request_body_bytes_max,
             body_timeout_seconds=settings.body_timeout_seconds,
         )
         # The surface reads bodies within bounds of its own.
         self.application = web.Application(middlewares=[self._account], client_max_size=0)
-        surface.add_routes(self.application.router)
+        self._surface.add_routes(self.application.router)
         self.application.router.add_get(HEALTH_ROUTE, self._health)
         self.application.router.add_get(METRICS_ROUTE, self._metrics_page)
         self.application.on_response_prepare.append(add_request_id)
@@ -129,8 +137,10 @@ class RouterApplication:
         return True
 
     async def close(self) -> None:
-        """Closes the connections to engines."""
+        """Closes the connections to engines and writes what is left of the log."""
         await self._pool.close()
+        self._access_log.flush()
+        self.metrics.flush()
 
     async def _watch_age(self) -> None:
         while True:
@@ -141,14 +151,88 @@ class RouterApplication:
         index = self.director.selector.index
         self.metrics.view_aged(self.source.age_seconds())
         self.metrics.index_measured(len(index), index.estimated_bytes)
+        self.metrics.flush()
+
+    def runner(self, **options: Any) -> web.BaseRunner:
+        """Makes what serves the application, with the inference routes on the hot path.
+
+        Args:
+            options: Of aiohttp's runner.
+        """
+        return WireRunner(
+            self.application,
+            routes={route.encode(): route for route in INFERENCE_ROUTES},
+            serve=self._serve,
+            access_log=None,
+            # A client that has left must free its engine at once.
+            handler_cancellation=True,
+            # Bodies go on as they came.
+            auto_decompress=False,
+            **options,
+        )
+
+    async def _serve(self, request: WireRequest, downstream: WireDownstream) -> None:
+        """Serves a request of the hot path: what `_account` and `_guarded` do for aiohttp's."""
+        head = request.head
+        request_id, trace_parent = new_identifiers()
+        request_id = head.request_id or request_id
+        trace_parent = head.trace_parent or trace_parent
+        record = RequestRecord(
+            request_id=request_id,
+            trace_id=head.trace_id or trace_parent[3:35],
+            trace_parent=trace_parent,
+            method="POST",
+            route=head.route,
+            started_seconds=self._clock.monotonic(),
+        )
+        downstream.identify(request_id)
+        self._begin()
+        try:
+            await self._surface.infer(request, record, downstream)
+        except asyncio.CancelledError:
+            record.status, record.reason = CLIENT_CLOSED_REQUEST, Reason.CLIENT_DISCONNECTED
+            raise
+        except Refusal as refusal:
+            self._refuse_on_wire(refusal, record, downstream)
+        except Exception:  # noqa: BLE001 - the client gets an answer in any case, the operator the trace
+            _log.exception("request failed inside the router", request_id=request_id)
+            self._refuse_on_wire(errors.internal_error(), record, downstream)
+        finally:
+            record.end(self.metrics, self._access_log, self._clock)
+            self._end()
+
+    @staticmethod
+    def _refuse_on_wire(refusal: Refusal, record: RequestRecord, downstream: WireDownstream) -> None:
+        record.reason, record.status = refusal.why, refusal.status
+        if downstream.started:
+            downstream.abort()
+            return
+        body = refusal.body()
+        downstream.closes = refusal.headers.get(hdrs.CONNECTION) == "close"
+        headers = {name: value for name, value in refusal.headers.items() if name != hdrs.CONNECTION}
+        downstream.start(
+            refusal.status,
+            {"Content-Type": "application/json", errors.REASON_HEADER: refusal.why.value, **headers},
+            length=len(body),
+        )
+        downstream.write(body)
+        downstream.end()
+
+    def _begin(self) -> None:
+        self.metrics.request_started()
+        self.in_flight += 1
+        self._idle.clear()
+
+    def _end(self) -> None:
+        self.in_flight -= 1
+        if self.in_flight == 0:
+            self._idle.set()
 
     @web.middleware
     async def _account(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         record = self._open_record(request)
         request[RECORD] = record
-        self.metrics.request_started()
-        self.in_flight += 1
-        self._idle.clear()
+        self._begin()
         try:
             response = await self._guarded(request, handler, record)
         except asyncio.CancelledError:
@@ -159,10 +243,8 @@ class RouterApplication:
             record.status = record.status or response.status
             return response
         finally:
-            record.end(self.metrics, self._clock)
-            self.in_flight -= 1
-            if self.in_flight == 0:
-                self._idle.set()
+            record.end(self.metrics, self._access_log, self._clock)
+            self._end()
 
     async def _guarded(
         self, request: web.Request, handler: Handler, record: RequestRecord

@@ -11,10 +11,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import structlog
-from aiohttp import web
 
 from core.clock import Clock
 from core.identity import bearer_token, hash_secret
+from router.downstream import Downstream
 from router.metrics import RouterMetrics
 from router.openai import errors
 from router.openai.body import ParsedBody, rename_model
@@ -23,15 +23,17 @@ from router.picking.contract import Candidate, RequestContext, Strategy
 from router.picking.eligibility import eligible
 from router.picking.selector import Selector
 from router.record import CLIENT_CLOSED_REQUEST, RequestRecord
+from router.upstream.answer import Answer
 from router.upstream.budget import RetryBudget
-from router.upstream.failures import AttemptFailed, Cause, Owner
+from router.upstream.failures import AttemptFailed, Cause, ErrorAnswer, Owner
 from router.upstream.forward import Forwarder, Timeouts
 from router.upstream.headers import ENDPOINT_HEADER, request_headers
 from router.upstream.health import EndpointHealth
 from router.upstream.loads import LoadTable
-from router.upstream.relay import Outcome, relay
+from router.upstream.relay import Outcome, break_off, end_answer, relay, start_answer
 from router.view.source import ViewSource
 from router.view.view import Deployment, Endpoint, Miss, Tenant, View
+from router.wire.headers import RequestHeaders
 
 _log = structlog.get_logger(__name__)
 
@@ -46,7 +48,9 @@ class Call:
     """A request that has been admitted and understood.
 
     Attributes:
-        request: The client's.
+        path: Route with its query, for the engine.
+        headers: The client's.
+        downstream: The client's side.
         record: Its account.
         context: What plug-ins may know.
         parsed: What the body says.
@@ -55,7 +59,9 @@ class Call:
         deadline_seconds: End of the wait for a fresh endpoint; None before it began.
     """
 
-    request: web.Request
+    path: str
+    headers: RequestHeaders
+    downstream: Downstream
     record: RequestRecord
     context: RequestContext
     parsed: ParsedBody
@@ -161,8 +167,8 @@ class Director:
             raise errors.model_not_found(model)
         return found
 
-    async def forward(self, call: Call) -> web.StreamResponse:
-        """Sends a request to one endpoint after the other until one answers.
+    async def forward(self, call: Call) -> None:
+        """Sends a request to one endpoint after the other until one answers, and relays that answer.
 
         Raises:
             Refusal: None did.
@@ -174,18 +180,21 @@ class Director:
             if candidate is None and failure is not None:
                 candidate = await self._await_fresh(call)
             if candidate is None:
-                return self._give_up(call, failure)
+                await self._give_up(call, failure)
+                return
             if failure is not None:
                 if not self.budget.take():
                     raise errors.retry_budget_exhausted(call.parsed.model, failure.cause.value)
                 self._metrics.retried(failure.cause)
             try:
-                return await self._attempt(call, candidate)
+                await self._attempt(call, candidate)
+                return
             except AttemptFailed as error:
                 failure = error
                 self._failed(call, candidate.endpoint, error)
             if not failure.retryable or call.attempts >= ATTEMPTS_MAX:
-                return self._give_up(call, failure)
+                await self._give_up(call, failure)
+                return
 
     def _choose(self, call: Call) -> Candidate | None:
         deployment = self._source.view.deployment(call.context.namespace, call.context.deployment)
@@ -210,7 +219,7 @@ class Director:
                 return candidate
             await self._source.wait_changed(version, remaining)
 
-    async def _attempt(self, call: Call, candidate: Candidate) -> web.StreamResponse:
+    async def _attempt(self, call: Call, candidate: Candidate) -> None:
         endpoint, record = candidate.endpoint, call.record
         record.endpoint, record.node = endpoint.replica, endpoint.node
         call.tried.add(endpoint.identity)
@@ -218,23 +227,37 @@ class Director:
         record.attempts = call.attempts
         body = call.body_for(endpoint)
         headers = request_headers(
-            call.request.headers, request_id=record.request_id, trace_parent=record.trace_parent
+            call.headers, request_id=record.request_id, trace_parent=record.trace_parent
         )
         with self.health.probe(endpoint), self.selector.send(call.context, candidate) as flight:
-            async with self._forwarder.attempt(
-                endpoint, call.request.path_qs, body=body, headers=headers, stream=call.parsed.stream
-            ) as answer:
+            answer = await self._forwarder.attempt(
+                endpoint, call.path, body=body, headers=headers, stream=call.parsed.stream
+            )
+            try:
                 flight.first_byte()
                 record.first_byte_seconds = self._clock.monotonic() - record.started_seconds
                 record.status = answer.status
                 if answer.status >= 400:
                     self._metrics.upstream_error(Owner.CLIENT if answer.status < 500 else Owner.ENGINE)
                 self.health.succeeded(endpoint)
-                response, outcome = await relay(
-                    call.request, answer, record, client_stall_seconds=self._timeouts.idle_seconds
-                )
+                start_answer(answer, call.downstream, record)
+                outcome = await self._relay(call, answer)
+            finally:
+                answer.release()
         self._account(call, endpoint, outcome)
-        return response
+
+    async def _relay(self, call: Call, answer: Answer) -> Outcome:
+        """Relays an answer and ends the client's, completely or not."""
+        stall_seconds = self._timeouts.idle_seconds
+        outcome = await relay(answer, call.downstream, client_stall_seconds=stall_seconds)
+        if outcome is Outcome.COMPLETE:
+            return await end_answer(call.downstream, client_stall_seconds=stall_seconds)
+        if outcome in (Outcome.BROKEN, Outcome.IDLE):
+            said = "The engine stopped sending."
+            if outcome is Outcome.BROKEN:
+                said = f"The engine's answer broke off: {answer.failure}"
+            break_off(call.downstream, said)
+        return outcome
 
     def _account(self, call: Call, endpoint: Endpoint, outcome: Outcome) -> None:
         match outcome:
@@ -270,7 +293,7 @@ class Director:
             ejected_seconds=round(ejection, 3),
         )
 
-    def _give_up(self, call: Call, failure: AttemptFailed | None) -> web.StreamResponse:
+    async def _give_up(self, call: Call, failure: AttemptFailed | None) -> None:
         """Answers a request that no endpoint took: passes on the engine's word or refuses."""
         model = call.parsed.model
         if failure is None:
@@ -278,19 +301,23 @@ class Director:
             states = Counter(each.state.name for each in deployment.endpoints) if deployment else {}
             raise errors.no_endpoint(model, states)
         if failure.answer is not None:
-            call.record.reason = Reason.ENGINE_ERROR
-            return web.Response(
-                status=failure.answer.status,
-                body=failure.answer.body,
-                headers={
-                    "Content-Type": failure.answer.content_type,
-                    "Retry-After": str(errors.RETRY_AFTER_SECONDS),
-                    errors.REASON_HEADER: Reason.ENGINE_ERROR.value,
-                    ENDPOINT_HEADER: call.record.endpoint,
-                },
-            )
+            await self._pass_on(call, failure.answer)
+            return
         if failure.cause is Cause.FIRST_BYTE_TIMEOUT:
             raise errors.first_byte_timeout(self._timeouts.until_first_byte(stream=call.parsed.stream))
         if failure.cause is Cause.CONNECT_TIMEOUT:
             raise errors.connect_timeout(self._timeouts.connect_seconds)
         raise errors.all_endpoints_failed(model, call.attempts, failure.cause.value)
+
+    async def _pass_on(self, call: Call, answer: ErrorAnswer) -> None:
+        """Sends the client an engine's own error."""
+        call.record.status, call.record.reason = answer.status, Reason.ENGINE_ERROR
+        headers = {
+            "Content-Type": answer.content_type,
+            "Retry-After": str(errors.RETRY_AFTER_SECONDS),
+            errors.REASON_HEADER: Reason.ENGINE_ERROR.value,
+            ENDPOINT_HEADER: call.record.endpoint,
+        }
+        call.downstream.start(answer.status, headers, length=len(answer.body))
+        call.downstream.write(answer.body)
+        await end_answer(call.downstream, client_stall_seconds=self._timeouts.idle_seconds)

@@ -7,6 +7,7 @@ With several workers each writes its numbers to files that any of them adds up f
 """
 
 import os
+from bisect import bisect_left
 from collections import Counter as Tally
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, multiprocess
@@ -21,6 +22,35 @@ MULTIPROCESS_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
 _SECONDS = (
     0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 600.0,
 )  # fmt: skip
+
+
+class _Times:
+    """Times of many requests, counted into the buckets of a histogram.
+
+    Attributes:
+        taken: How many.
+    """
+
+    __slots__ = ("_buckets", "_sum_seconds", "taken")
+
+    def __init__(self) -> None:
+        self.taken = 0
+        self._sum_seconds = 0.0
+        self._buckets = [0] * (len(_SECONDS) + 1)
+
+    def add(self, seconds: float) -> None:
+        """Counts one."""
+        self.taken += 1
+        self._sum_seconds += seconds
+        self._buckets[bisect_left(_SECONDS, seconds)] += 1
+
+    def move_to(self, histogram: Histogram) -> None:
+        """Adds all to a histogram with the same buckets."""
+        # Its public method takes one at a time and looks for the bucket of each again.
+        for value, count in zip(histogram._buckets, self._buckets, strict=True):  # noqa: SLF001 - as above
+            if count:
+                value.inc(count)
+        histogram._sum.inc(self._sum_seconds)  # noqa: SLF001 - as above
 
 
 class RouterMetrics:
@@ -93,6 +123,10 @@ class RouterMetrics:
         for owner in Owner:
             self._upstream_errors.labels(owner.value)
         self.view_changed(View())
+        self._open = 0
+        # Bounded like the labels: closed sets, all of them.
+        self._ended: dict[tuple[str, int, str], int] = {}
+        self._times: dict[str, tuple[_Times, _Times]] = {}
 
     def _sum(self, name: str, text: str) -> Gauge:
         """Makes a gauge that is added up over the workers."""
@@ -100,7 +134,7 @@ class RouterMetrics:
 
     def request_started(self) -> None:
         """Counts a request in."""
-        self._in_flight.inc()
+        self._open += 1
 
     def request_ended(
         self,
@@ -120,11 +154,27 @@ class RouterMetrics:
             duration_seconds: Of the whole request.
             first_byte_seconds: Until the engine's first byte; None where there was none.
         """
-        self._in_flight.dec()
-        self._requests.labels(route, f"{status // 100}xx", reason).inc()
-        self._duration.labels(route).observe(duration_seconds)
+        self._open -= 1
+        ended = (route, status // 100, reason)
+        self._ended[ended] = self._ended.get(ended, 0) + 1
+        times = self._times.get(route)
+        if times is None:
+            times = self._times[route] = (_Times(), _Times())
+        times[0].add(duration_seconds)
         if first_byte_seconds is not None:
-            self._first_byte.labels(route).observe(first_byte_seconds)
+            times[1].add(first_byte_seconds)
+
+    def flush(self) -> None:
+        """Hands what was counted to the metric objects, each of whose calls costs as much as all of that."""
+        self._in_flight.set(self._open)
+        for (route, status_class, reason), count in self._ended.items():
+            self._requests.labels(route, f"{status_class}xx", reason).inc(count)
+        self._ended.clear()
+        for route, (durations, first_bytes) in self._times.items():
+            durations.move_to(self._duration.labels(route))
+            if first_bytes.taken:
+                first_bytes.move_to(self._first_byte.labels(route))
+        self._times.clear()
 
     def retried(self, cause: Cause) -> None:
         """Counts a repeated attempt."""
@@ -150,7 +200,8 @@ class RouterMetrics:
         self._index_bytes.set(size_bytes)
 
     def page(self) -> tuple[bytes, str]:
-        """Returns the text page of all workers, and its content type."""
+        """Returns the text page of all workers, and its content type; others' numbers may be a second old."""
+        self.flush()
         if MULTIPROCESS_VARIABLE in os.environ:
             registry = CollectorRegistry()
             multiprocess.MultiProcessCollector(registry)  # type: ignore[no-untyped-call]

@@ -5,14 +5,12 @@ Filled in while the request runs, closed exactly once at its end. It holds no ke
 
 from dataclasses import dataclass, field
 
-import structlog
 from aiohttp import web
 
 from core.clock import Clock
+from router.access_log import AccessLog
 from router.metrics import RouterMetrics
 from router.openai.errors import Reason
-
-_log = structlog.get_logger("router.access")
 
 # nginx's number for a client that left before it had its answer.
 CLIENT_CLOSED_REQUEST = 499
@@ -61,38 +59,40 @@ class RequestRecord:
     first_byte_seconds: float | None = None
     _closed: bool = field(default=False, repr=False)
 
-    def end(self, metrics: RouterMetrics, clock: Clock) -> None:
+    def end(self, metrics: RouterMetrics, log: AccessLog, clock: Clock) -> None:
         """Closes the account: one log line, one count. Closing twice does nothing."""
         if self._closed:
             return
         self._closed = True
         duration = clock.monotonic() - self.started_seconds
+        reason = self.reason.value
+        first_byte = self.first_byte_seconds
         metrics.request_ended(
             route=self.route,
             status=self.status,
-            reason=self.reason.value,
+            reason=reason,
             duration_seconds=duration,
-            first_byte_seconds=self.first_byte_seconds,
+            first_byte_seconds=first_byte,
         )
-        write = _log.debug if self.quiet else _log.info
-        first_byte = self.first_byte_seconds
-        write(
-            "request",
-            method=self.method,
-            route=self.route,
-            status=self.status,
-            reason=self.reason.value,
-            duration_ms=round(duration * 1000, 3),
-            first_byte_ms=None if first_byte is None else round(first_byte * 1000, 3),
-            request_id=self.request_id,
-            trace_id=self.trace_id,
-            model=self.model[:200],
-            namespace=self.namespace,
-            deployment=self.deployment,
-            endpoint=self.endpoint,
-            node=self.node,
-            attempts=self.attempts,
-            stream=self.stream,
+        log.write(
+            {
+                "method": self.method,
+                "route": self.route,
+                "status": self.status,
+                "reason": reason,
+                "duration_ms": round(duration * 1000, 3),
+                "first_byte_ms": None if first_byte is None else round(first_byte * 1000, 3),
+                "request_id": self.request_id,
+                "trace_id": self.trace_id,
+                "model": self.model[:200],
+                "namespace": self.namespace,
+                "deployment": self.deployment,
+                "endpoint": self.endpoint,
+                "node": self.node,
+                "attempts": self.attempts,
+                "stream": self.stream,
+            },
+            quiet=self.quiet,
         )
 
 

@@ -113,15 +113,7 @@ async def serve(
         admin_token: Opens the operator's page; empty for none.
     """
     router = RouterApplication(settings, store=store, strategy=strategy, clock=clock, admin_token=admin_token)
-    runner = web.AppRunner(
-        router.application,
-        access_log=None,
-        # A client that has left must free its engine at once.
-        handler_cancellation=True,
-        # Bodies go on as they came.
-        auto_decompress=False,
-        shutdown_timeout=CLOSE_SECONDS,
-    )
+    runner = router.runner(shutdown_timeout=CLOSE_SECONDS)
     await runner.setup()
     site = web.SockSite(runner, listener, backlog=BACKLOG)
     url = public_url(settings, listener.getsockname()[1])
@@ -163,7 +155,7 @@ async def _accept(
 
 async def _drain(
     router: RouterApplication,
-    runner: web.AppRunner,
+    runner: web.BaseRunner,
     site: web.SockSite,
     *,
     stop: asyncio.Event,

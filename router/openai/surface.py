@@ -4,19 +4,21 @@ In come HTTP requests, out go answers in OpenAI's shape, errors included: unknow
 malformed bodies. Models are listed from the view; no engine is asked.
 """
 
-import asyncio
 from typing import Any
 
 import orjson
 from aiohttp import hdrs, web
 
 from router.director import Call, Director
+from router.downstream import Downstream, Incoming
 from router.openai import errors
 from router.openai.body import ParsedBody, parse_body
 from router.openai.errors import Reason, Refusal
+from router.openai.http import AiohttpDownstream, AiohttpRequest
 from router.picking.contract import RequestContext
-from router.record import RECORD
+from router.record import RECORD, RequestRecord
 from router.view.view import Deployment
+from router.wire.headers import RequestHeaders
 
 INFERENCE_ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings")
 SESSION_HEADER = "x-session-id"
@@ -44,17 +46,21 @@ class OpenAISurface:
     def add_routes(self, router: web.UrlDispatcher) -> None:
         """Registers the routes."""
         for route in INFERENCE_ROUTES:
-            router.add_post(route, self.infer)
+            router.add_post(route, self._infer)
         router.add_get(MODELS_ROUTE, self.list_models, allow_head=False)
         # Declared model ids hold slashes.
         router.add_get("/v1/models/{model:.+}", self.get_model, allow_head=False)
 
-    async def infer(self, request: web.Request) -> web.StreamResponse:
-        """Serves chat completions, completions and embeddings: one way for all."""
-        record = request[RECORD]
-        tenant = self._director.authenticate(request.headers.get(hdrs.AUTHORIZATION), record)
+    async def infer(self, incoming: Incoming, record: RequestRecord, downstream: Downstream) -> None:
+        """Serves chat completions, completions and embeddings: one way for all.
+
+        Raises:
+            Refusal: Nothing has been written to the client, and this is what it should hear.
+        """
+        headers = incoming.headers
+        tenant = self._director.authenticate(headers.get("authorization"), record)
         with self._director.admit():
-            body = await self._read_body(request)
+            body = await self._read_body(incoming)
             parsed = parse_body(body)
             record.model, record.stream = parsed.model, parsed.stream
             deployment = self._director.resolve(tenant, parsed.model)
@@ -73,11 +79,22 @@ class OpenAISurface:
                     namespace=deployment.namespace,
                     deployment=deployment.name,
                 ),
-                session=_session(request, parsed),
+                session=_session(headers, parsed),
             )
-            return await self._director.forward(
-                Call(request=request, record=record, context=context, parsed=parsed)
+            await self._director.forward(
+                Call(
+                    path=incoming.path,
+                    headers=headers,
+                    downstream=downstream,
+                    record=record,
+                    context=context,
+                    parsed=parsed,
+                )
             )
+
+    async def _infer(self, request: web.Request) -> web.StreamResponse:
+        downstream = AiohttpDownstream(request)
+        return await downstream.run(self.infer(AiohttpRequest(request), request[RECORD], downstream))
 
     async def list_models(self, request: web.Request) -> web.StreamResponse:
         """Lists the deployments that the key may use."""
@@ -91,30 +108,25 @@ class OpenAISurface:
         record.model = request.match_info["model"]
         return _json(_model(self._director.resolve(tenant, record.model)))
 
-    async def _read_body(self, request: web.Request) -> bytes:
+    async def _read_body(self, incoming: Incoming) -> bytes:
         """Reads the whole body within its bounds."""
-        encoding = request.headers.get(hdrs.CONTENT_ENCODING, "identity").lower()
+        encoding = incoming.headers.get("content-encoding", "identity").lower()
         if encoding != "identity":
             raise errors.body_encoded(encoding)
-        if (request.content_length or 0) > self._body_bytes_max:
-            raise errors.body_too_large(self._body_bytes_max)
-        pieces: list[bytes] = []
-        size = 0
         try:
-            async with asyncio.timeout(self._body_timeout_seconds):
-                while piece := await request.content.readany():
-                    size += len(piece)
-                    if size > self._body_bytes_max:
-                        raise errors.body_too_large(self._body_bytes_max)
-                    pieces.append(piece)
+            body = await incoming.read(
+                bytes_max=self._body_bytes_max, timeout_seconds=self._body_timeout_seconds
+            )
         except TimeoutError as error:
             raise errors.body_timeout(self._body_timeout_seconds) from error
-        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        if body is None:
+            raise errors.body_too_large(self._body_bytes_max)
+        return body
 
 
-def _session(request: web.Request, parsed: ParsedBody) -> str:
+def _session(headers: RequestHeaders, parsed: ParsedBody) -> str:
     """Returns what the client calls its session; empty for none."""
-    named = request.headers.get(SESSION_HEADER)
+    named = headers.get(SESSION_HEADER)
     if named:
         return named
     user = parsed.document.get("user")

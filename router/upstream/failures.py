@@ -5,15 +5,13 @@
     transport  the way to it broke
     platform   we could not do our part
 
-In come exceptions of aiohttp and answers of engines, out come an `AttemptFailed` with a cause from a
+In come errors of sockets and answers of engines, out come an `AttemptFailed` with a cause from a
 closed set. Foreign exceptions are translated here and nowhere else (law 5).
 """
 
 import errno
 from dataclasses import dataclass
 from enum import StrEnum
-
-import aiohttp
 
 
 class Owner(StrEnum):
@@ -81,10 +79,6 @@ class AttemptFailed(Exception):
         return self.cause is not Cause.FIRST_BYTE_TIMEOUT
 
 
-class AnswerBroken(Exception):
-    """An answer ended too early, after its first byte."""
-
-
 # What engines say when they cannot serve at all; found in bodies of 500s and in first events of streams.
 _NOT_SERVING: tuple[tuple[bytes, Cause], ...] = (
     # vLLM while it drains after SIGTERM.
@@ -96,16 +90,9 @@ _NOT_SERVING: tuple[tuple[bytes, Cause], ...] = (
 _ERROR_EVENT = b'data: {"error"'
 
 
-def cause_of_exception(error: Exception) -> Cause:
-    """Sorts an exception that came before the response headers."""
-    if isinstance(error, aiohttp.ConnectionTimeoutError):
-        return Cause.CONNECT_TIMEOUT
-    if isinstance(error, aiohttp.ClientConnectorError):
-        refused = getattr(error.os_error, "errno", None) == errno.ECONNREFUSED
-        return Cause.CONNECT_REFUSED if refused else Cause.CONNECT_FAILED
-    if isinstance(error, aiohttp.InvalidURL):
-        return Cause.CONNECT_FAILED
-    return Cause.DISCONNECTED
+def cause_of_connecting(error: OSError) -> Cause:
+    """Sorts what kept a connection from being made, looking up names and TLS included."""
+    return Cause.CONNECT_REFUSED if error.errno == errno.ECONNREFUSED else Cause.CONNECT_FAILED
 
 
 def cause_of_answer(status: int, head: bytes) -> Cause | None:

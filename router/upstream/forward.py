@@ -6,31 +6,21 @@ in the last two its connection is closed, which makes the engine drop the reques
 about retries.
 """
 
-import asyncio
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 
-import aiohttp
 from aiohttp import hdrs
-from multidict import CIMultiDict
 
 from core.clock import Clock
-from router.upstream.failures import (
-    AnswerBroken,
-    AttemptFailed,
-    Cause,
-    ErrorAnswer,
-    cause_of_answer,
-    cause_of_exception,
-)
-from router.upstream.pool import Attempted, UpstreamPool
+from router.upstream.answer import Answer
+from router.upstream.connection import Connection
+from router.upstream.failures import AttemptFailed, Cause, ErrorAnswer, cause_of_answer
+from router.upstream.pool import UpstreamPool
+from router.upstream.relay import Outcome
 from router.view.view import Endpoint
 
 # A kept connection that the engine had closed fails within a round trip; what fails later was at work.
 STALE_SECONDS = 0.5
-# Error bodies are read this far before anything is decided; vLLM's have a few hundred bytes.
-ERROR_BODY_BYTES_MAX = 64 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,37 +44,6 @@ class Timeouts:
         return self.first_byte_seconds if stream else self.whole_answer_seconds
 
 
-class Answer:
-    """An engine's answer whose first bytes have come.
-
-    Attributes:
-        status: HTTP status.
-        headers: As the engine sent them.
-        head: First bytes of the body; empty for an empty body.
-    """
-
-    def __init__(self, response: aiohttp.ClientResponse, head: bytes, idle_seconds: float) -> None:
-        self.status = response.status
-        self.headers = response.headers
-        self.head = head
-        self._response = response
-        self._idle_seconds = idle_seconds
-
-    async def next_piece(self) -> bytes:
-        """Returns what has come since, as it came; empty at the end.
-
-        Raises:
-            AnswerBroken: The connection broke before the end.
-            TimeoutError: Nothing came for the idle time-out.
-        """
-        content = self._response.content
-        try:
-            async with asyncio.timeout(self._idle_seconds):
-                return await content.readany()
-        except (aiohttp.ClientError, ConnectionError) as error:
-            raise AnswerBroken(str(error) or type(error).__name__) from error
-
-
 class Forwarder:
     """Makes attempts."""
 
@@ -94,86 +53,87 @@ class Forwarder:
         """Takes what to call when a request is sent again because its connection had gone stale."""
         self._pool = pool
         self._timeouts = timeouts
-        self._clock = clock
+        self._monotonic = clock.monotonic
         self._on_stale = on_stale
 
-    @asynccontextmanager
     async def attempt(
-        self, endpoint: Endpoint, path: str, *, body: bytes, headers: CIMultiDict[str], stream: bool
-    ) -> AsyncIterator[Answer]:
-        """Sends a request and yields the answer once its first byte is there.
+        self, endpoint: Endpoint, path: str, *, body: bytes, headers: bytes, stream: bool
+    ) -> Answer:
+        """Sends a request and returns the answer once its first byte is there.
+
+        The caller must call the answer's `release`, whatever happens.
 
         Args:
             endpoint: Where to.
             path: Route, with its query.
             body: Sent byte for byte.
-            headers: Sent as they are.
+            headers: Lines, sent as they are; those of the host and of the body's length are added.
             stream: True when the client asked for a stream.
 
         Raises:
             AttemptFailed: There will be no first byte, or the engine says that it does not serve.
         """
+        started = self._monotonic()
         limit = self._timeouts.until_first_byte(stream=stream)
-        response: aiohttp.ClientResponse | None = None
+        origin = self._pool.origin(endpoint.url)
+        head = b"POST %b%b HTTP/1.1\r\nhost: %b\r\n%bcontent-length: %d\r\n\r\n" % (
+            origin.path.encode(),
+            path.encode(),
+            origin.authority.encode(),
+            headers,
+            len(body),
+        )
+        connection = origin.take()
+        if connection is not None:
+            answer = await self._send(connection, head, body, deadline_seconds=started + limit)
+            if answer.begun or answer.timed_out or self._monotonic() - started >= STALE_SECONDS:
+                return _judged(answer, limit)
+            # The engine had closed this kept connection before it saw the request: the same engine gets it
+            # once more, on a connection of its own.
+            self._on_stale()
+        connection = await self._pool.connect(origin)
+        answer = await self._send(connection, head, body, deadline_seconds=started + limit)
+        return _judged(answer, limit)
+
+    async def _send(
+        self, connection: Connection, head: bytes, body: bytes, *, deadline_seconds: float
+    ) -> Answer:
+        answer = Answer(connection, idle_seconds=self._timeouts.idle_seconds)
         try:
-            try:
-                async with asyncio.timeout(limit):
-                    response = await self._send(endpoint.url + path, body, headers)
-                    head = await _read_head(response)
-            except aiohttp.ConnectionTimeoutError as error:
-                raise AttemptFailed(
-                    Cause.CONNECT_TIMEOUT, f"no connection within {self._timeouts.connect_seconds:g} s"
-                ) from error
-            except TimeoutError as error:
-                raise AttemptFailed(Cause.FIRST_BYTE_TIMEOUT, f"silent for {limit:g} s") from error
-            except (aiohttp.ClientError, OSError, ValueError) as error:
-                raise AttemptFailed(cause_of_exception(error), str(error) or type(error).__name__) from error
-            cause = cause_of_answer(response.status, head)
-            if cause is not None:
-                raise AttemptFailed(
-                    cause, f"the engine answered {response.status}", answer=_error_answer(response, head)
-                )
-            yield Answer(response, head, self._timeouts.idle_seconds)
-        finally:
-            if response is not None:
-                # Returns the connection to the pool after a complete answer, and closes it otherwise.
-                response.release()
-
-    async def _send(self, url: str, body: bytes, headers: CIMultiDict[str]) -> aiohttp.ClientResponse:
-        attempted = Attempted()
-        started = self._clock.monotonic()
-        try:
-            return await self._pool.post(url, body=body, headers=headers, attempted=attempted, fresh=False)
-        except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError) as error:
-            young = self._clock.monotonic() - started < STALE_SECONDS
-            if isinstance(error, aiohttp.ClientConnectorError) or not attempted.reused or not young:
-                raise
-        # The engine had closed this kept connection before it saw the request: the same engine gets it
-        # once more, on a connection of its own.
-        self._on_stale()
-        return await self._pool.post(url, body=body, headers=headers, attempted=Attempted(), fresh=True)
+            connection.send(answer, head, body, deadline_seconds=deadline_seconds)
+            await answer.first
+        except BaseException:
+            answer.release()
+            raise
+        return answer
 
 
-async def _read_head(response: aiohttp.ClientResponse) -> bytes:
-    if response.status < 400:
-        return await response.content.readany()
-    pieces: list[bytes] = []
-    size = 0
-    while size < ERROR_BODY_BYTES_MAX:
-        piece = await response.content.readany()
-        if not piece:
-            break
-        pieces.append(piece)
-        size += len(piece)
-    return b"".join(pieces)
+def _judged(answer: Answer, limit_seconds: float) -> Answer:
+    """Returns an answer that the client can have.
+
+    Raises:
+        AttemptFailed: It is none.
+    """
+    head = answer.head
+    outcome = answer.outcome
+    if answer.timed_out:
+        raise AttemptFailed(Cause.FIRST_BYTE_TIMEOUT, f"silent for {limit_seconds:g} s")
+    if outcome is Outcome.BROKEN and (not head or answer.status >= 400):
+        raise AttemptFailed(Cause.DISCONNECTED, answer.failure)
+    cause = cause_of_answer(answer.status, head)
+    if cause is not None:
+        error = _error_answer(answer, head)
+        answer.release()
+        raise AttemptFailed(cause, f"the engine answered {answer.status}", answer=error)
+    return answer
 
 
-def _error_answer(response: aiohttp.ClientResponse, head: bytes) -> ErrorAnswer | None:
+def _error_answer(answer: Answer, head: bytes) -> ErrorAnswer | None:
     # Only these are of use to a client; the 500s speak of an engine that it need not know of.
-    if response.status not in (502, 503) or not head or not response.content.at_eof():
+    if answer.status not in (502, 503) or not head or answer.outcome is not Outcome.COMPLETE:
         return None
     return ErrorAnswer(
-        status=response.status,
-        content_type=response.headers.get(hdrs.CONTENT_TYPE, "application/json"),
+        status=answer.status,
+        content_type=answer.headers.get(hdrs.CONTENT_TYPE, "application/json"),
         body=head,
     )

@@ -1,21 +1,25 @@
 """Writes an engine's answer to the client as it comes.
 
-In come an `Answer` whose first bytes are there and the client's connection; out goes every byte
-unchanged. Back-pressure goes through: the next piece is read when the last one has been taken. What
-breaks from here on is told inside the stream or by closing the connection, because the status is gone.
+In come an `Answer` whose first bytes are there and the client's side of the request; out goes every byte,
+unchanged or as a transform gives it, inside the callback that brought it. Starting an answer, relaying its
+body and ending it are three calls, so that another engine's answer can go on where one broke off. What
+breaks after the start is told inside the stream or by closing the connection, because the status is gone.
 """
+
+from __future__ import annotations
 
 import asyncio
 from enum import Enum
+from typing import TYPE_CHECKING, Protocol
 
-from aiohttp import hdrs, web
-
+from router.downstream import Downstream
 from router.openai import sse
 from router.openai.errors import REASON_HEADER, Reason
 from router.record import RequestRecord
-from router.upstream.failures import AnswerBroken
-from router.upstream.forward import Answer
-from router.upstream.headers import answer_headers
+from router.upstream.headers import ENDPOINT_HEADER
+
+if TYPE_CHECKING:
+    from router.upstream.answer import Answer
 
 
 class Outcome(Enum):
@@ -28,71 +32,82 @@ class Outcome(Enum):
     CLIENT_STALLED = "client_stalled"
 
 
-async def relay(
-    request: web.Request, answer: Answer, record: RequestRecord, *, client_stall_seconds: float
-) -> tuple[web.StreamResponse, Outcome]:
-    """Relays an answer to its end.
+class Transform(Protocol):
+    """Reads the body of an answer on its way, and may change it; called on the event loop, never waits."""
+
+    def feed(self, piece: bytes) -> bytes:
+        """Takes the next bytes and returns what goes to the client now; the very object where unchanged."""
+        ...
+
+    def finish(self) -> bytes:
+        """Returns what is left to send after the last piece of a complete body."""
+        ...
+
+
+def start_answer(
+    answer: Answer, downstream: Downstream, record: RequestRecord, *, keeps_length: bool = True
+) -> None:
+    """Gives the client status and headers of an engine's answer.
 
     Args:
-        request: The client's.
         answer: The engine's.
+        downstream: Not started yet.
         record: Says what to call the endpoint; its reason is set where the engine refused.
-        client_stall_seconds: How long a client may refuse to take a piece.
-
-    Returns:
-        The response, on which nothing more may be written, and how it ended.
+        keeps_length: False where a transform may change the length of the body.
     """
-    response = _response_for(answer, record)
-    tail = b""
-    try:
-        async with asyncio.timeout(client_stall_seconds):
-            await response.prepare(request)
-        piece = answer.head
-        while piece:
-            async with asyncio.timeout(client_stall_seconds):
-                await response.write(piece)
-            tail = piece[-2:]
-            try:
-                piece = await answer.next_piece()
-            except AnswerBroken as error:
-                await _break_off(request, response, f"The engine's answer broke off: {error}", tail)
-                return response, Outcome.BROKEN
-            except TimeoutError:
-                await _break_off(request, response, "The engine stopped sending.", tail)
-                return response, Outcome.IDLE
-        async with asyncio.timeout(client_stall_seconds):
-            await response.write_eof()
-    except ConnectionError:
-        return response, Outcome.CLIENT_GONE
-    except TimeoutError:
-        _abort(request)
-        return response, Outcome.CLIENT_STALLED
-    return response, Outcome.COMPLETE
-
-
-def _response_for(answer: Answer, record: RequestRecord) -> web.StreamResponse:
-    response = web.StreamResponse(
-        status=answer.status, headers=answer_headers(answer.headers, replica=record.endpoint)
-    )
-    length = answer.headers.get(hdrs.CONTENT_LENGTH, "")
-    if length.isdigit():
-        response.content_length = int(length)
+    headers = {**answer.client_headers, ENDPOINT_HEADER: record.endpoint}
     if answer.status >= 400:
         record.reason = Reason.ENGINE_CLIENT_ERROR if answer.status < 500 else Reason.ENGINE_ERROR
-        response.headers[REASON_HEADER] = record.reason.value
-    return response
+        headers[REASON_HEADER] = record.reason.value
+    downstream.start(answer.status, headers, length=answer.length if keeps_length else None)
 
 
-async def _break_off(request: web.Request, response: web.StreamResponse, message: str, tail: bytes) -> None:
-    response.force_close()
-    if sse.is_event_stream(response.content_type) and response.content_length is None:
-        await response.write(sse.closing_error(message, code="upstream_error", tail=tail))
-        await response.write_eof()
-        return
-    # Nothing may look like a complete answer: the connection ends before the body does.
-    _abort(request)
+async def relay(
+    answer: Answer,
+    downstream: Downstream,
+    transform: Transform | None = None,
+    *,
+    client_stall_seconds: float,
+) -> Outcome:
+    """Relays the body of an answer to its end; ends or breaks off nothing on the client's side.
+
+    Args:
+        answer: The engine's. Where it broke, its `failure` says how.
+        downstream: Started.
+        transform: What the body goes through; None for nothing.
+        client_stall_seconds: How long a client may refuse to take a piece. One that does is cut off.
+    """
+    answer.flow(downstream, transform, client_stall_seconds=client_stall_seconds)
+    if answer.outcome is None:
+        await answer.ended
+    outcome = answer.outcome
+    if outcome is Outcome.COMPLETE and transform is not None:
+        downstream.write(transform.finish())
+    elif outcome is Outcome.CLIENT_STALLED:
+        downstream.abort()
+    return outcome or Outcome.BROKEN
 
 
-def _abort(request: web.Request) -> None:
-    if request.transport is not None:
-        request.transport.abort()
+async def end_answer(downstream: Downstream, *, client_stall_seconds: float) -> Outcome:
+    """Completes the client's answer and waits until the client has taken it, but for a bounded rest."""
+    downstream.end()
+    if not downstream.blocked:
+        return Outcome.COMPLETE
+    try:
+        async with asyncio.timeout(client_stall_seconds):
+            await downstream.drain()
+    except ConnectionError:
+        return Outcome.CLIENT_GONE
+    except TimeoutError:
+        downstream.abort()
+        return Outcome.CLIENT_STALLED
+    return Outcome.COMPLETE
+
+
+def break_off(downstream: Downstream, message: str) -> None:
+    """Ends the client's answer so that nothing looks complete: an error event, or a closed connection."""
+    if downstream.length is None and sse.is_event_stream(downstream.content_type):
+        downstream.write(sse.closing_error(message, code="upstream_error", tail=downstream.tail))
+        downstream.end(close=True)
+    else:
+        downstream.abort()

@@ -220,11 +220,16 @@ async def test_workers_share_the_port_are_restarted_and_stop_together() -> None:
                 return response.status
 
         assert [await ask() for _ in range(12)] == [200] * 12
-        async with client.get(f"{it.url}/metrics") as response:
-            page = await response.text()
-        series = 'millrace_router_requests_total{reason="ok",route="/v1/completions"'
-        (count,) = [line for line in page.splitlines() if line.startswith(series)]
-        assert float(count.rsplit(" ", 1)[1]) == 12
+
+        async def counted() -> bool:
+            async with client.get(f"{it.url}/metrics") as response:
+                page = await response.text()
+            series = 'millrace_router_requests_total{reason="ok",route="/v1/completions"'
+            (count,) = [line for line in page.splitlines() if line.startswith(series)]
+            return float(count.rsplit(" ", 1)[1]) == 12
+
+        # The worker that answers has counted everything; the other writes its counts once a second.
+        await eventually(counted, timeout_seconds=5)
         victim = int(it.found("worker started")[0]["pid"])
         os.kill(victim, signal.SIGKILL)
         await listening(it, 3)

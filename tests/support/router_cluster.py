@@ -62,6 +62,7 @@ class Cluster:
     url: str
     api_key: str
     client: aiohttp.ClientSession
+    runner: web.BaseRunner
 
     @property
     def headers(self) -> dict[str, str]:
@@ -83,9 +84,17 @@ class Cluster:
 
     async def make_key(self, namespace: str) -> str:
         key = generate_api_key()
+        await self._put_key(key, namespace)
+        return key
+
+    async def add_key(self, key: str) -> None:
+        """Makes a given key open the namespace, and waits until it does."""
+        await self._put_key(key, NAMESPACE)
+        await eventually(lambda: self.router.source.view.authenticate(hash_secret(key)))
+
+    async def _put_key(self, key: str, namespace: str) -> None:
         hashed = hash_secret(key)
         await self.put(keys.spec_key(hashed), records_pb2.ApiKeyRecord(key_hash=hashed, namespace=namespace))
-        return key
 
     async def publish(self, *endpoints: endpoint_pb2.Endpoint) -> None:
         """Writes endpoints and waits until the router sees them."""
@@ -138,13 +147,14 @@ class Cluster:
 
 @asynccontextmanager
 async def cluster(
-    *, strategy: str = "round-robin", urls: Sequence[str] = (), **options: Any
+    *, strategy: str = "round-robin", urls: Sequence[str] = (), ordinary: bool = False, **options: Any
 ) -> AsyncIterator[Cluster]:
     """Runs a router with one namespace, one deployment and one key.
 
     Args:
         strategy: How it picks.
         urls: Engines that serve the deployment, as replicas `chat-0`, `chat-1`, ...
+        ordinary: Everything goes through aiohttp's server, nothing through the hot path.
         options: Further settings.
     """
     settings = RouterSettings(_cli_parse_args=False, strategy=strategy, **options)
@@ -156,19 +166,18 @@ async def cluster(
         clock=SystemClock(),
         admin_token="admin-token",
     )
-    runner = web.AppRunner(
-        router.application,
-        access_log=None,
-        handler_cancellation=True,
-        auto_decompress=False,
-        shutdown_timeout=1,
-    )
+    if ordinary:
+        runner: web.BaseRunner = web.AppRunner(
+            router.application, access_log=None, handler_cancellation=True, auto_decompress=False
+        )
+    else:
+        runner = router.runner(shutdown_timeout=1)
     await runner.setup()
     listener = socket.create_server(("127.0.0.1", 0))
     await web.SockSite(runner, listener).start()
     tasks = [asyncio.create_task(body, name=name) for name, body in router.services().items()]
     client = aiohttp.ClientSession()
-    made = Cluster(store, router, f"http://127.0.0.1:{listener.getsockname()[1]}", "", client)
+    made = Cluster(store, router, f"http://127.0.0.1:{listener.getsockname()[1]}", "", client, runner)
     try:
         made.api_key = await made.make_key(NAMESPACE)
         await made.declare(DEPLOYMENT)

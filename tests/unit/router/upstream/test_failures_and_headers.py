@@ -1,10 +1,11 @@
 """Sorting of failures by cause and owner, and the headers that cross the router."""
 
 import pytest
-from multidict import CIMultiDict, CIMultiDictProxy
+from multidict import CIMultiDict
 
 from router.upstream.failures import AttemptFailed, Cause, Owner, cause_of_answer
 from router.upstream.headers import answer_headers, request_headers
+from router.wire.headers import RequestHeaders
 
 
 @pytest.mark.parametrize(
@@ -40,45 +41,45 @@ def test_every_cause_has_an_owner_that_is_not_the_client(cause: Cause) -> None:
     assert failure.retryable is (cause is not Cause.FIRST_BYTE_TIMEOUT)
 
 
-def _request(headers: list[tuple[str, str]], parent: str = "00-new") -> CIMultiDict[str]:
-    return request_headers(CIMultiDictProxy(CIMultiDict(headers)), request_id="rid", trace_parent=parent)
+def _request(headers: list[tuple[bytes, bytes]], parent: str = "00-new") -> list[bytes]:
+    lines = request_headers(RequestHeaders(headers), request_id="rid", trace_parent=parent)
+    assert lines.endswith(b"\r\n")
+    return lines.split(b"\r\n")[:-1]
 
 
 def test_request_headers_lose_credentials_and_what_belongs_to_the_connection() -> None:
     forwarded = _request(
         [
-            ("Authorization", "Bearer sk-secret"),
-            ("Cookie", "a=b"),
-            ("X-Api-Key", "sk-secret"),
-            ("Connection", "keep-alive, X-Private"),
-            ("X-Private", "1"),
-            ("Transfer-Encoding", "chunked"),
-            ("Content-Length", "3"),
-            ("Host", "public"),
-            ("Expect", "100-continue"),
-            ("X-Request-Id", "theirs"),
-            ("Accept", "text/event-stream"),
-            ("X-Multi", "1"),
-            ("X-Multi", "2"),
-            ("tracestate", "orphan=1"),
+            (b"Authorization", b"Bearer sk-secret"),
+            (b"Cookie", b"a=b"),
+            (b"X-Api-Key", b"sk-secret"),
+            (b"Connection", b"keep-alive, X-Private"),
+            (b"X-Private", b"1"),
+            (b"Transfer-Encoding", b"chunked"),
+            (b"Content-Length", b"3"),
+            (b"Host", b"public"),
+            (b"Expect", b"100-continue"),
+            (b"X-Request-Id", b"theirs"),
+            (b"Accept", b"text/event-stream"),
+            (b"X-Multi", b"1"),
+            (b"X-Multi", b"2"),
+            (b"tracestate", b"orphan=1"),
         ]
     )
-    assert sorted(forwarded.items()) == sorted(
-        [
-            ("Accept", "text/event-stream"),
-            ("X-Multi", "1"),
-            ("X-Multi", "2"),
-            ("Content-Type", "application/json"),
-            ("x-request-id", "rid"),
-            ("traceparent", "00-new"),
-        ]
-    )
+    assert forwarded == [
+        b"Accept: text/event-stream",
+        b"X-Multi: 1",
+        b"X-Multi: 2",
+        b"content-type: application/json",
+        b"x-request-id: rid",
+        b"traceparent: 00-new",
+    ]
 
 
 def test_a_clients_trace_context_is_kept_whole() -> None:
-    forwarded = _request([("traceparent", "00-theirs"), ("tracestate", "v=1")], parent="00-theirs")
-    assert forwarded.getall("traceparent") == ["00-theirs"]
-    assert forwarded["tracestate"] == "v=1"
+    forwarded = _request([(b"traceparent", b"00-theirs"), (b"tracestate", b"v=1")], parent="00-theirs")
+    assert forwarded.count(b"traceparent: 00-theirs") == 1
+    assert forwarded.count(b"tracestate: v=1") == 1
 
 
 def test_answer_headers_are_a_short_list() -> None:
@@ -89,5 +90,4 @@ def test_answer_headers_are_a_short_list() -> None:
         "Retry-After": "3",
         "Date": "now",
     }
-    kept = answer_headers(CIMultiDict(engine), replica="r-1")
-    assert dict(kept) == {"Content-Type": "a/b", "Retry-After": "3", "x-millrace-endpoint": "r-1"}
+    assert answer_headers(CIMultiDict(engine)) == {"Content-Type": "a/b", "Retry-After": "3"}

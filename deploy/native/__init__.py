@@ -1,0 +1,1 @@
+"""Builds the router with its hot path compiled, for those who have a C compiler and want the speed."""

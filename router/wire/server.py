@@ -1,0 +1,301 @@
+"""The server's side of client connections: hot requests are served here, all others by aiohttp.
+
+    bytes ─► head complete and plainly hot? ─ yes ─► serve it, keep the connection, look at the next head
+                                            └ no ──► aiohttp gets every byte from here on, for good
+
+In come the bytes of a connection, out go calls of `serve` with a `WireRequest` and a `WireDownstream`. The
+connection is aiohttp's own class with one method in front, so that whatever is not hot is parsed, limited and
+answered by aiohttp exactly as without this module. Requests of a connection are served one after the other;
+what comes early waits in one bounded buffer, unread.
+"""
+
+import asyncio
+from collections.abc import Callable, Coroutine, Mapping
+from typing import Any
+
+import structlog
+from aiohttp import web
+from aiohttp.web_protocol import RequestHandler
+
+from router.wire.downstream import WireDownstream
+from router.wire.headers import RequestHeaders
+from router.wire.request_head import RequestHead, may_become_hot, parse_request_head
+from router.wire.task import EagerTask, Signal
+
+_log = structlog.get_logger(__name__)
+
+# As aiohttp: how long the rest of a body is read that nobody wants, so that its client reads the answer.
+LINGER_SECONDS = 10.0
+
+
+class WireRequest:
+    """One request of the hot path.
+
+    Attributes:
+        head: Its head.
+        missing_bytes: Of its body, that have not come.
+    """
+
+    __slots__ = ("_arrived", "_pieces", "_unwanted", "head", "missing_bytes")
+
+    def __init__(self, head: RequestHead) -> None:
+        self.head = head
+        self.missing_bytes = head.length
+        self._pieces: list[bytes] = []
+        self._arrived: Signal | None = None
+        self._unwanted = False
+
+    @property
+    def path(self) -> str:
+        """The route with its query."""
+        return self.head.path
+
+    @property
+    def headers(self) -> RequestHeaders:
+        """All headers."""
+        return self.head.headers
+
+    def feed(self, data: bytes) -> None:
+        """Takes the next bytes of the body, none beyond it."""
+        self.missing_bytes -= len(data)
+        if not self._unwanted:
+            self._pieces.append(data)
+        if not self.missing_bytes and self._arrived is not None:
+            self._arrived.set()
+
+    async def read(self, *, bytes_max: int, timeout_seconds: float) -> bytes | None:
+        """Returns the body once it has come completely; None where it is longer than `bytes_max`.
+
+        Raises:
+            TimeoutError: It has not come in time.
+        """
+        if self.head.length > bytes_max:
+            return None
+        if self.missing_bytes:
+            self._arrived = Signal()
+            async with asyncio.timeout(timeout_seconds):
+                await self._arrived
+        pieces = self._pieces
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def discard(self) -> None:
+        """Keeps nothing more of the body."""
+        self._unwanted = True
+        self._pieces.clear()
+
+
+Serve = Callable[[WireRequest, WireDownstream], Coroutine[Any, Any, None]]
+
+
+class WireProtocol(RequestHandler):
+    """One client connection."""
+
+    __slots__ = (
+        "_downstream", "_early", "_head", "_linger", "_ordinary", "_over", "_raw", "_request",
+        "_routes", "_serve", "_task",
+    )  # fmt: skip
+
+    def __init__(
+        self, server: web.Server, *, routes: Mapping[bytes, str], serve: Serve, **options: Any
+    ) -> None:
+        super().__init__(server, **options)
+        self._routes = routes
+        self._serve = serve
+        self._ordinary = False
+        self._early = b""
+        self._raw = b""
+        self._head: RequestHead | None = None
+        self._request: WireRequest | None = None
+        self._downstream: WireDownstream | None = None
+        self._task: EagerTask | None = None
+        self._over: Signal | None = None
+        self._linger: asyncio.TimerHandle | None = None
+
+    def data_received(self, data: bytes) -> None:
+        """Takes the next bytes of the client."""
+        if self._ordinary:
+            super().data_received(data)
+            return
+        request = self._request
+        if request is None:
+            self._begin(self._early + data if self._early else data)
+            return
+        self._feed(request, data)
+        if not request.missing_bytes and self._task is None and self._request is request:
+            self._request = None
+            self._next()
+
+    def _begin(self, data: bytes) -> None:
+        """Looks at the beginning of a request."""
+        if self._force_close or self._close:
+            return
+        end = data.find(b"\r\n\r\n") + 4
+        if end < 4:
+            if may_become_hot(data):
+                self._early = data
+            else:
+                self._hand_over(data)
+            return
+        raw = data[:end]
+        # The requests of a client mostly have the same head.
+        head = self._head if raw == self._raw else parse_request_head(raw, self._routes)
+        transport = self.transport
+        if head is None or transport is None:
+            self._hand_over(data)
+            return
+        self._head, self._raw = head, raw
+        request = self._request = WireRequest(head)
+        self._early = b""
+        self._feed(request, data[end:])
+        downstream = self._downstream = WireDownstream(transport, blocked=self._paused)
+        task = EagerTask(self._serve(request, downstream), self._loop, self._served)
+        if not task.done:
+            self._task = task
+
+    def _feed(self, request: WireRequest, data: bytes) -> None:
+        """Gives a request the bytes of its body; keeps what comes after it."""
+        missing = request.missing_bytes
+        if len(data) > missing:
+            # The next request comes before the answer of this one: it waits, and so does what follows it.
+            self._early += data[missing:]
+            self._pause_transport_reading()
+            data = data[:missing]
+        if data:
+            request.feed(data)
+
+    def _hand_over(self, data: bytes) -> None:
+        """Gives this and all that follows to aiohttp."""
+        self._ordinary = True
+        self._early = b""
+        super().data_received(data)
+
+    def _served(self, error: BaseException | None) -> None:
+        """The task of a request has ended."""
+        self._task = None
+        downstream, request = self._downstream, self._request
+        self._downstream = None
+        if self._over is not None:
+            self._over.set()
+        if isinstance(error, Exception):
+            # Whoever serves answers its own errors; this is one that it did not foresee.
+            _log.error("request failed", error=repr(error))
+        if downstream is None or request is None or self.transport is None:
+            return
+        if not downstream.ended:
+            # Nothing may look complete.
+            self.transport.abort()
+            return
+        self._next_keepalive_close_time = self._loop.time() + self._keepalive_timeout
+        if downstream.closes:
+            self._close = True
+        if request.missing_bytes:
+            # Closing now would reset the connection before the client has read its answer.
+            request.discard()
+            self._linger = self._loop.call_later(LINGER_SECONDS, self.force_close)
+            return
+        self._request = None
+        if self._early or self._close:
+            self._loop.call_soon(self._next)
+
+    def _next(self) -> None:
+        """Goes on with what came early, if the connection goes on."""
+        if self._linger is not None:
+            self._linger.cancel()
+            self._linger = None
+        if self._close:
+            self.force_close()
+        if self.transport is None or self._request is not None or self._ordinary:
+            return
+        data, self._early = self._early, b""
+        self._resume_transport_reading()
+        if data:
+            self._begin(data)
+
+    # What aiohttp's server and the transport call.
+
+    def close(self) -> None:
+        """Serves what is being served, then closes."""
+        if self._request is None:
+            super().close()
+        else:
+            self._close = True
+
+    async def shutdown(self, timeout: float | None = 15.0) -> None:  # noqa: ASYNC109 - aiohttp's signature
+        """Waits for the request that is being served, then closes."""
+        if self._task is not None:
+            self._close = True
+            self._over = Signal()
+            try:
+                async with asyncio.timeout(timeout):
+                    await self._over
+            except TimeoutError:
+                if self._task is not None:
+                    self._task.cancel()
+        await super().shutdown(timeout)
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        """The client has left: its request ends."""
+        if self._linger is not None:
+            self._linger.cancel()
+        super().connection_lost(exc)
+        if self._downstream is not None:
+            self._downstream.lose()
+        if self._task is not None:
+            self._task.cancel()
+
+    def pause_writing(self) -> None:
+        """The transport holds more than is good."""
+        super().pause_writing()
+        if self._downstream is not None:
+            self._downstream.block()
+
+    def resume_writing(self) -> None:
+        """The transport holds little again."""
+        super().resume_writing()
+        if self._downstream is not None:
+            self._downstream.unblock()
+
+    def _process_keepalive(self) -> None:
+        if self._request is not None:
+            self._next_keepalive_close_time = self._loop.time() + self._keepalive_timeout
+        super()._process_keepalive()
+
+
+class WireServer(web.Server):
+    """aiohttp's server with connections that know the hot path."""
+
+    def __init__(self, server: web.Server, *, routes: Mapping[bytes, str], serve: Serve) -> None:
+        """Takes the server of an application, and what is served beside it.
+
+        Args:
+            server: As aiohttp makes it; gives handler, request factory and options.
+            routes: Of the hot path, by path.
+            serve: Serves one request; it must answer its own errors.
+        """
+        super().__init__(
+            server.request_handler,
+            request_factory=server.request_factory,
+            handler_cancellation=server.handler_cancellation,
+            loop=server._loop,  # noqa: SLF001 - the same server, made anew with another protocol
+            **server._kwargs,  # noqa: SLF001 - as above
+        )
+        self._routes = routes
+        self._serve = serve
+
+    def __call__(self) -> RequestHandler:
+        """Makes the protocol of a new connection."""
+        return WireProtocol(self, loop=self._loop, routes=self._routes, serve=self._serve, **self._kwargs)
+
+
+class WireRunner(web.AppRunner):
+    """aiohttp's runner of an application, with the hot path in front."""
+
+    def __init__(
+        self, application: web.Application, *, routes: Mapping[bytes, str], serve: Serve, **options: Any
+    ) -> None:
+        super().__init__(application, **options)
+        self._routes = routes
+        self._serve = serve
+
+    async def _make_server(self) -> web.Server:
+        return WireServer(await super()._make_server(), routes=self._routes, serve=self._serve)
