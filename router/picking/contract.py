@@ -6,17 +6,19 @@ grows without a bound. What may be used at all (state, ejection, attempts) is de
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from dataclasses import dataclass
+from enum import Enum
+from typing import NamedTuple, Protocol, runtime_checkable
 
-from router.prefix.prompt import Prompt
+from router.prefix.prompt import NO_PROMPT, Prompt
 from router.view.samples import Sample
 from router.view.view import Endpoint
 
 
-@dataclass(frozen=True, slots=True)
+# Not frozen: that would triple the cost of making one, which every request pays.
+@dataclass(slots=True)
 class RequestContext:
-    """What plug-ins may know of a request.
+    """What plug-ins may know of a request; nobody changes it once it is made.
 
     Attributes:
         request_id: Identifies it in logs.
@@ -38,13 +40,19 @@ class RequestContext:
     model: str
     stream: bool
     body: bytes
-    prompt: Prompt = field(default_factory=Prompt)
+    prompt: Prompt = NO_PROMPT
     session: str = ""
     adapter: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class Candidate:
+class CacheKnowledge(Enum):
+    """Where `Candidate.cached_tokens` comes from."""
+
+    APPROXIMATE = "approximate"
+    EXACT = "exact"
+
+
+class Candidate(NamedTuple):
     """An endpoint that may be used for this request.
 
     Attributes:
@@ -55,6 +63,8 @@ class Candidate:
         pending_prefill_tokens: Uncached prompt tokens that this process has sent there and that have not
             brought a first byte yet.
         alike_in_flight: Those of `in_flight` whose prompts begin like this one (`prefix_key`).
+        cache_knowledge: Whether `cached_tokens` is what this process has sent there, or what the engine
+            itself says.
     """
 
     endpoint: Endpoint
@@ -63,6 +73,7 @@ class Candidate:
     cached_tokens: int = 0
     pending_prefill_tokens: int = 0
     alike_in_flight: int = 0
+    cache_knowledge: CacheKnowledge = CacheKnowledge.APPROXIMATE
 
 
 @runtime_checkable

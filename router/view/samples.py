@@ -61,9 +61,14 @@ class Sample:
 
 
 class SampleTable:
-    """Latest sample by replica; bounded by `retain`, which forgets replicas that left the store."""
+    """Latest sample by replica; bounded by `retain`, which forgets replicas that left the store.
+
+    Attributes:
+        version: Grows with every change, so that readers know when what they made of samples is old.
+    """
 
     def __init__(self, clock: Clock) -> None:
+        self.version = 0
         self._clock = clock
         self._samples: dict[str, Sample] = {}
 
@@ -72,6 +77,7 @@ class SampleTable:
 
     def record(self, stats: stats_pb2.EngineStats, *, own_in_flight: int) -> None:
         """Keeps a sample. Its age counts from when it was taken, as far as the clocks agree."""
+        self.version += 1
         taken = from_timestamp(stats.sample_time)
         # A node whose clock runs ahead must not make samples younger than now.
         age = 0.0 if taken is None else max(0.0, (self._clock.now() - taken).total_seconds())
@@ -92,7 +98,11 @@ class SampleTable:
         sample = self._samples.get(replica)
         if sample is None or sample.incarnation != incarnation:
             return None
-        return None if self._clock.monotonic() - sample.taken_seconds > STALE_SECONDS else sample
+        return None if self.any_stale(sample.taken_seconds) else sample
+
+    def any_stale(self, taken_seconds: float) -> bool:
+        """Tells whether samples of which the oldest was taken then are stale."""
+        return self._clock.monotonic() - taken_seconds > STALE_SECONDS
 
     def latest(self, replica: str, incarnation: str) -> Sample | None:
         """Returns the sample of an engine run whatever its age: for what never changes, such as sizes."""
@@ -107,5 +117,6 @@ class SampleTable:
     def retain(self, replicas: Iterable[str]) -> None:
         """Forgets all other replicas."""
         kept = set(replicas)
+        self.version += 1
         for replica in [each for each in self._samples if each not in kept]:
             del self._samples[replica]
