@@ -25,8 +25,7 @@ class Columns:
         replicas: Their ids.
         names: The same as bytes, for rendezvous hashing.
         identities: Replica and incarnation of each.
-        weights: Of each.
-        even: True where every weight is 1.
+        even: True where all weights are equal.
         samples: Fresh sample of each; None is unknown.
         others: Requests that others have there, where the engine tells.
         filled_others: The same, unknown ones replaced by the mean.
@@ -53,7 +52,6 @@ class Columns:
         "replicas",
         "roomy",
         "samples",
-        "weights",
     )
 
     def __init__(self, endpoints: Sequence[Endpoint]) -> None:
@@ -63,8 +61,7 @@ class Columns:
         self.replicas = tuple(each.replica for each in self.endpoints)
         self.names = tuple(each.replica.encode() for each in self.endpoints)
         self.identities: tuple[Identity, ...] = tuple(each.identity for each in self.endpoints)
-        self.weights = tuple(each.weight for each in self.endpoints)
-        self.even = set(self.weights) == {1}
+        self.even = len({each.weight for each in self.endpoints}) == 1
         self.samples: Sequence[Sample | None] = ()
         self.others: Sequence[int | None] = ()
         self.filled_others: Sequence[float] = ()

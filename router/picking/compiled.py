@@ -2,8 +2,8 @@
 
 In come the columns of the endpoints and the counts of this moment, out comes the position of the chosen one.
 Formulas and their reasons stand in `full_cache_guard`, `hot_spot_guard`, `least_cost` and `highest_score`,
-which are what runs wherever a plug-in of someone else takes part; a property test holds the two to the same
-answer. It must not decide anything that they do not.
+which are what runs where weights differ or a plug-in of someone else takes part; a property test holds the
+two to the same answer. It must not decide anything that they do not.
 """
 
 from collections.abc import Mapping, Sequence
@@ -52,23 +52,19 @@ class CompiledDefault:
 
         Args:
             prompt: The request's.
-            columns: Of at least one endpoint, refreshed.
+            columns: Of at least one endpoint, all of the same weight; refreshed.
             in_flight: Own requests at each.
             pending: Own prompt tokens at each that are not computed yet.
             cached: Tokens of the prompt that each has cached; None where none has any.
             alike: Own requests whose prompts begin like this one, by replica; None for none.
         """
         kept = columns.roomy
-        weights, others = columns.weights, columns.filled_others
-        own: Sequence[float] = in_flight
-        if not columns.even:
-            own = [count / weight for count, weight in zip(in_flight, weights, strict=True)]
-        if kept is not None or max(own) > HOT_FACTOR * min(own) + HOT_SLACK:
-            kept = _without_hot_spots(columns, own, alike or {})
+        others = columns.filled_others
+        if kept is not None or max(in_flight) > HOT_FACTOR * min(in_flight) + HOT_SLACK:
+            kept = _without_hot_spots(columns, in_flight, alike or {})
         if kept is not None:
             if len(kept) == 1:
                 return self._turn(columns, kept)
-            weights = tuple([weights[at] for at in kept])
             in_flight = [in_flight[at] for at in kept]
             pending = [pending[at] for at in kept]
             others = filled([columns.others[at] for at in kept])
@@ -78,8 +74,8 @@ class CompiledDefault:
             uncached = [tokens] * len(pending)
         else:
             uncached = [tokens - each if tokens > each else 0 for each in cached]
-        if columns.even and not columns.others_total:
-            # The same formula; a division by one and an addition of nothing change no number.
+        if not columns.others_total:
+            # The same formula; an addition of nothing changes no number.
             costs = [
                 UNCACHED_WEIGHT * computed + waiting + REQUEST_TOKENS * count
                 for computed, waiting, count in zip(uncached, pending, in_flight, strict=True)
@@ -89,9 +85,9 @@ class CompiledDefault:
             if columns.others_total:
                 _discount(factors, prompt, columns, in_flight, kept)
             costs = [
-                factor * computed + waiting / weight + REQUEST_TOKENS * ((count + other) / weight)
-                for factor, computed, waiting, weight, count, other in zip(
-                    factors, uncached, pending, weights, in_flight, others, strict=True
+                factor * computed + waiting + REQUEST_TOKENS * (count + other)
+                for factor, computed, waiting, count, other in zip(
+                    factors, uncached, pending, in_flight, others, strict=True
                 )
             ]
         least = min(costs)
@@ -113,7 +109,7 @@ class CompiledDefault:
 
 
 def _without_hot_spots(
-    columns: Columns, own: Sequence[float], alike: Mapping[str, int]
+    columns: Columns, own: Sequence[int], alike: Mapping[str, int]
 ) -> Sequence[int] | None:
     """Returns the positions that both guards keep; None for all."""
     roomy = columns.roomy

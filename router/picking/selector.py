@@ -116,7 +116,7 @@ class Selector:
             return None
         decision = self._observe(request, self._columns(endpoints))
         self.decision = decision
-        if self._compiled is not None:
+        if self._compiled is not None and decision.columns.even:
             at = self._compiled.pick(
                 request.prompt,
                 decision.columns,

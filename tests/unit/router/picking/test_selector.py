@@ -105,6 +105,24 @@ def test_blocks_and_capacity_are_the_engines_own() -> None:
 
 
 @pytest.mark.parametrize("strategy", ["default", "prefix=3,kv=2,load=2"])
+def test_weights_say_how_endpoints_compare_and_not_how_much_load_counts() -> None:
+    """What is published has 100 each; it must be chosen from as 1 each is."""
+
+    def spread(weight: int) -> list[str]:
+        selector, sent = _selector(), []
+        endpoints = [endpoint(f"r{n}", weight=weight) for n in range(4)]
+        for number in range(60):
+            context = _request(selector, PROMPT + f"{number:04d}")
+            chosen = selector.choose(context, endpoints)
+            assert chosen is not None
+            selector.send(context, chosen)
+            sent.append(chosen.endpoint.replica)
+        return sent
+
+    assert spread(100) == spread(1)
+    assert max(Counter(spread(100)).values()) <= 20
+
+
 def test_a_decision_tells_what_every_filter_and_scorer_said(strategy: str) -> None:
     selector = _selector(strategy)
     context = _request(selector)
