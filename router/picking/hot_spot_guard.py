@@ -1,7 +1,7 @@
 """Hot-spot guard: no affinity may pile requests on one endpoint, or leave another idle.
 
-Formula: with r the requests that this process has at a candidate, over its relative weight (`pending`), and `alike` those of them
-whose prompts begin like this one, a candidate stays when
+Formula: with r the requests that this process has at a candidate, over its weight relative to the others'
+(`pending`), and `alike` those of them whose prompts begin like this one, a candidate stays when
 
     r <= 2 * min(r) + 2        where alike >= 3: the prompt's prefix is hot, so it is worth caching twice
     r <= 4 * min(r) + 16       otherwise: an own prefix is worth a queue, but not any queue

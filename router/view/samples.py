@@ -31,11 +31,10 @@ class Sample:
             part of the engine's count that is ours.
         kv_cache_tokens: Size of the key/value cache, tokens.
         kv_block_tokens: Tokens of one block of it.
-        device_utilization_ratio: Share of time that its devices are in use, 0 to 1. The store does not
-            bring device samples to routers yet, so this is unknown.
-        adapters: LoRA adapters that are loaded; unknown until engines' samples tell them.
+        device_utilization_ratio: Share of time that its devices are in use, 0 to 1, as their mean.
+        adapters: LoRA adapters in the running batch; unknown for engines without.
         adapters_waiting: LoRA adapters that requests in the engine's queue wait for.
-        adapters_max: How many may be loaded at once.
+        adapters_max: How many one batch can hold.
     """
 
     incarnation: str
@@ -81,6 +80,7 @@ class SampleTable:
         taken = from_timestamp(stats.sample_time)
         # A node whose clock runs ahead must not make samples younger than now.
         age = 0.0 if taken is None else max(0.0, (self._clock.now() - taken).total_seconds())
+        adapters = stats.HasField("adapters")
         self._samples[stats.replica] = Sample(
             incarnation=stats.incarnation,
             taken_seconds=self._clock.monotonic() - age,
@@ -91,6 +91,12 @@ class SampleTable:
             # A size of nothing is a size that was not told.
             kv_cache_tokens=stats.kv_cache_tokens or None,
             kv_block_tokens=stats.kv_block_tokens or None,
+            device_utilization_ratio=(
+                stats.device_utilization_ratio if stats.HasField("device_utilization_ratio") else None
+            ),
+            adapters=frozenset(stats.adapters.running) if adapters else None,
+            adapters_waiting=frozenset(stats.adapters.waiting) if adapters else None,
+            adapters_max=(stats.adapters.running_max or None) if adapters else None,
         )
 
     def fresh(self, replica: str, incarnation: str) -> Sample | None:

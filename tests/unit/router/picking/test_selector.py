@@ -104,7 +104,6 @@ def test_blocks_and_capacity_are_the_engines_own() -> None:
     assert selector.index.blocks_at(chosen.endpoint.identity) == 3
 
 
-@pytest.mark.parametrize("strategy", ["default", "prefix=3,kv=2,load=2"])
 def test_weights_say_how_endpoints_compare_and_not_how_much_load_counts() -> None:
     """What is published has 100 each; it must be chosen from as 1 each is."""
 
@@ -123,6 +122,7 @@ def test_weights_say_how_endpoints_compare_and_not_how_much_load_counts() -> Non
     assert max(Counter(spread(100)).values()) <= 20
 
 
+@pytest.mark.parametrize("strategy", ["default", "prefix=3,kv=2,load=2"])
 def test_a_decision_tells_what_every_filter_and_scorer_said(strategy: str) -> None:
     selector = _selector(strategy)
     context = _request(selector)
