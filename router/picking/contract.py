@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple, Protocol, runtime_checkable
 
+from router.prefix.exact.tokens import ExactPrompt
 from router.prefix.prompt import NO_PROMPT, Prompt
 from router.view.samples import Sample
 from router.view.view import Endpoint
@@ -31,6 +32,7 @@ class RequestContext:
         prompt: Its length and hash chain; empty unless the strategy reads prompts.
         session: What the client calls its session; empty for none.
         adapter: LoRA adapter that it needs; empty for none.
+        exact: The prompt in engines' own tokens; None where that is not known.
     """
 
     request_id: str
@@ -43,6 +45,7 @@ class RequestContext:
     prompt: Prompt = NO_PROMPT
     session: str = ""
     adapter: str = ""
+    exact: ExactPrompt | None = None
 
 
 class CacheKnowledge(Enum):

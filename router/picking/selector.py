@@ -12,9 +12,11 @@ from typing import Any, Self
 
 from router.picking.columns import Columns
 from router.picking.compiled import compile_strategy
-from router.picking.contract import Candidate, RequestContext, Strategy
+from router.picking.contract import CacheKnowledge, Candidate, RequestContext, Strategy
 from router.picking.decision import Decision
 from router.picking.prefill_ledger import Entry, PrefillLedger
+from router.prefix.exact.index import ExactIndex
+from router.prefix.exact.tokens import ExactPrompt
 from router.prefix.index import DEFAULT_CAPACITY_BLOCKS, PrefixIndex
 from router.prefix.prompt import NO_PROMPT, Prompt, read_prompt
 from router.prefix.rendezvous import prefix_key
@@ -72,6 +74,7 @@ class Selector:
     Attributes:
         index: Who probably holds which prefix.
         ledger: Prompt tokens that are not computed yet.
+        exact: What engines themselves say; None for the approximate index alone.
         strategy: What decides.
         decision: The latest choice, for whoever keeps it; None before the first.
     """
@@ -83,9 +86,11 @@ class Selector:
         loads: LoadTable,
         samples: SampleTable,
         index_bytes_max: int = INDEX_BYTES_MAX,
+        exact: ExactIndex | None = None,
     ) -> None:
         self.index = PrefixIndex(bytes_max=index_bytes_max)
         self.ledger = PrefillLedger()
+        self.exact = exact
         self.strategy = strategy
         self.decision: Decision | None = None
         self._compiled = compile_strategy(strategy)
@@ -109,6 +114,17 @@ class Selector:
             deployment=deployment,
             block_tokens=self._columns(endpoints).block_tokens if endpoints else NO_PROMPT.block_tokens,
         )
+
+    async def read_exactly(
+        self, request: RequestContext, document: Mapping[str, Any], endpoints: Sequence[Endpoint]
+    ) -> None:
+        """Adds the prompt in engines' tokens to a request, where that is known within some milliseconds."""
+        # Hashes of adapters' blocks hold the path of the adapter, which is not known here.
+        if self.exact is None or request.adapter or not self.strategy.reads_prompt:
+            return
+        request.exact = await self.exact.read_prompt(document, request.route, endpoints)
+        if request.exact is not None:
+            request.prompt = request.prompt.with_tokens(request.exact.tokens)
 
     def choose(self, request: RequestContext, endpoints: Sequence[Endpoint]) -> Candidate | None:
         """Chooses among endpoints of one deployment; None when there is none or the filters left none."""
@@ -135,16 +151,22 @@ class Selector:
     def _observe(self, request: RequestContext, columns: Columns) -> Decision:
         """Notes what is known at this moment."""
         prompt = request.prompt
-        cached = alike = None
+        alike = None
+        cached: Sequence[int] | None = None
         if prompt.chain:
             depths = self.index.depths(prompt.chain)
             if depths:
                 columns.refresh_bits(self.index)
                 block_tokens = prompt.block_tokens
                 cached = [depths.get(bit, 0) * block_tokens for bit in columns.bits]
+                if prompt.ratio != 1.0:
+                    cached = [int(each * prompt.ratio) for each in cached]
             key = prefix_key(prompt.chain)
             if key in self._alike:
                 alike = self._alike[key].copy()
+        knowledge = None
+        if request.exact is not None and self.exact is not None:
+            cached, knowledge = self._exactly(request.exact, columns, cached, alike or {})
         return Decision(
             request,
             columns,
@@ -153,7 +175,27 @@ class Selector:
             list(map(self.ledger.counts.get, columns.replicas, _ZEROS)),
             cached,
             alike,
+            knowledge,
         )
+
+    def _exactly(
+        self,
+        prompt: ExactPrompt,
+        columns: Columns,
+        approximate: Sequence[int] | None,
+        alike: Mapping[str, int],
+    ) -> tuple[Sequence[int], Sequence[CacheKnowledge]]:
+        """Puts what engines say in place of what was sent to them, endpoint by endpoint."""
+        assert self.exact is not None
+        sent = approximate or [0] * len(columns.endpoints)
+        cached, knowledge = [], []
+        told = self.exact.cached_tokens(prompt, columns.endpoints)
+        for known, guessed, replica in zip(told, sent, columns.replicas, strict=True):
+            # A prompt that begins alike and is still under way there is cached before this one is computed.
+            exact = known is not None and (known >= guessed or not alike.get(replica))
+            cached.append(known if exact and known is not None else guessed)
+            knowledge.append(CacheKnowledge.EXACT if exact else CacheKnowledge.APPROXIMATE)
+        return cached, knowledge
 
     def send(self, request: RequestContext, chosen: Candidate) -> Flight:
         """Counts a request as sent, before it is, and learns where its prefix is from now on."""
@@ -194,7 +236,10 @@ class Selector:
 
     def retain(self, endpoints: Iterable[Endpoint]) -> None:
         """Forgets the prefixes of all other endpoints and of earlier incarnations."""
-        self.index.retain(each.identity for each in endpoints)
+        present = list(endpoints)
+        self.index.retain(each.identity for each in present)
+        if self.exact is not None:
+            self.exact.follower.view_changed(present)
         self._of_tuple.clear()
         self._of_members.clear()
 

@@ -17,11 +17,17 @@ class Prompt(NamedTuple):
         tokens: Its length, about.
         block_tokens: Tokens that one hash adds.
         chain: Hashes of its full blocks, each with all before it.
+        ratio: True tokens for each that its bytes suggest; 1 where they are not known.
     """
 
     tokens: int = 0
     block_tokens: int = GRAIN_TOKENS
     chain: Sequence[int] = ()
+    ratio: float = 1.0
+
+    def with_tokens(self, tokens: int) -> "Prompt":
+        """Returns the same prompt with its true number of tokens."""
+        return self._replace(tokens=tokens, ratio=tokens / self.tokens if self.tokens else 1.0)
 
 
 NO_PROMPT = Prompt()

@@ -14,11 +14,11 @@ import pytest
 from google.protobuf.struct_pb2 import Struct
 from millrace.core.v1 import node_pb2, replica_pb2, types_pb2
 
+from core.block_hash import block_hash, event_hash
 from core.tasks import cancel_and_wait
 from deploy.local.engine_environment import default_engines_directory, environment_name
 from nodeagent.engines.base import ClaimedDevice
 from nodeagent.engines.vllm import VllmAdapter
-from nodeagent.kv_events.block_hash import block_hash, event_hash
 from nodeagent.kv_events.mirror import CacheMirror, HashScheme
 from nodeagent.kv_events.reader import EventReader, read_sources
 from tests.support.ports import free_ports

@@ -12,6 +12,7 @@ from nodeagent.health import Outcome
 from nodeagent.replica import Replica, new_replica
 from nodeagent.stats import DEVICE_PERIOD_SECONDS, StatsCollector
 from tests.support.clock import ManualClock
+from tests.support.waiting import eventually
 
 
 class _Devices:
@@ -75,8 +76,7 @@ async def test_utilization_is_the_mean_of_the_replicas_devices(
     )
     running = asyncio.create_task(collector.run(), name="stats")
     try:
-        while not collector.device_samples():
-            await asyncio.sleep(0)
+        await eventually(collector.device_samples)
         await clock.advance(DEVICE_PERIOD_SECONDS / 2)
         (sample,) = collector.engine_samples()
         told = sample.device_utilization_ratio if sample.HasField("device_utilization_ratio") else None
