@@ -7,6 +7,7 @@ endpoints alone never changes. It decides nothing and counts nothing.
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 from router.picking.full_cache_guard import KV_USAGE_MAX
 from router.picking.neutral import filled
@@ -25,6 +26,7 @@ class Columns:
         replicas: Their ids.
         names: The same as bytes, for rendezvous hashing.
         identities: Replica and incarnation of each.
+        ordered: True where replicas stand in the order of their ids, as a view has them.
         even: True where all weights are equal.
         samples: Fresh sample of each; None is unknown.
         others: Requests that others have there, where the engine tells.
@@ -47,6 +49,7 @@ class Columns:
         "filled_others",
         "identities",
         "names",
+        "ordered",
         "others",
         "others_total",
         "replicas",
@@ -61,6 +64,7 @@ class Columns:
         self.replicas = tuple(each.replica for each in self.endpoints)
         self.names = tuple(each.replica.encode() for each in self.endpoints)
         self.identities: tuple[Identity, ...] = tuple(each.identity for each in self.endpoints)
+        self.ordered = all(one < two for one, two in pairwise(self.replicas))
         self.even = len({each.weight for each in self.endpoints}) == 1
         self.samples: Sequence[Sample | None] = ()
         self.others: Sequence[int | None] = ()

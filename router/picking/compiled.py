@@ -6,6 +6,7 @@ which are what runs where weights differ or a plug-in of someone else takes part
 two to the same answer. It must not decide anything that they do not.
 """
 
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 
 from router.picking.columns import Columns
@@ -103,6 +104,11 @@ class CompiledDefault:
         if len(positions) == 1:
             self._rotation.took(columns.deployment, replicas[positions[0]])
             return positions[0]
+        if len(positions) == len(replicas) and columns.ordered:
+            # Nothing tells them apart, as on idle engines: the next one in order.
+            at = bisect_right(replicas, self._rotation.last(columns.deployment)) % len(replicas)
+            self._rotation.took(columns.deployment, replicas[at])
+            return at
         return replicas.index(
             self._rotation.next_replica(columns.deployment, [replicas[at] for at in positions])
         )

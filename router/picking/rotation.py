@@ -34,10 +34,14 @@ class Rotation:
             deployment: Namespace and name.
             replicas: At least one, in any order.
         """
-        last = self._last.get(deployment, "")
+        last = self.last(deployment)
         chosen = min([each for each in replicas if each > last] or replicas)
         self.took(deployment, chosen)
         return chosen
+
+    def last(self, deployment: tuple[str, str]) -> str:
+        """Returns the replica that had its turn last; empty for none."""
+        return self._last.get(deployment, "")
 
     def took(self, deployment: tuple[str, str], replica: str) -> None:
         """Notes who had his turn."""
