@@ -5,6 +5,7 @@ delays nobody, since every engine has a scrape of its own and at most one at a t
 """
 
 import asyncio
+import math
 from collections.abc import Callable, Iterable
 
 import structlog
@@ -23,6 +24,8 @@ _log = structlog.get_logger(__name__)
 PERIOD_SECONDS = 1.0
 # Reading devices through vendors' libraries takes longer and changes slower than engines do.
 DEVICE_PERIOD_SECONDS = 5.0
+# A vendor's library that hangs must not pass old utilisation off as new.
+_DEVICE_STALE_SECONDS = 3 * DEVICE_PERIOD_SECONDS
 
 
 class StatsCollector:
@@ -50,6 +53,7 @@ class StatsCollector:
         self._clock = clock
         self._scrapes: dict[str, asyncio.Task[None]] = {}
         self._devices: list[stats_pb2.DeviceStats] = []
+        self._devices_at = -math.inf
         self.period_seconds = PERIOD_SECONDS
         self.failures_total = 0
 
@@ -95,9 +99,27 @@ class StatsCollector:
                 self.failures_total += 1
             _log.debug("no metrics", replica=replica.name, reason=outcome.reason)
             return
-        replica.take_sample(self._adapters[replica.assignment.launch.engine].parse_metrics(page), self._clock)
+        sample = self._adapters[replica.assignment.launch.engine].parse_metrics(page)
+        utilization = self._utilization_ratio(replica)
+        if utilization is not None:
+            sample.device_utilization_ratio = utilization
+        replica.take_sample(sample, self._clock)
+
+    def _utilization_ratio(self, replica: Replica) -> float | None:
+        """Returns the mean of the replica's devices; None unless all of them were sampled lately."""
+        if self._clock.monotonic() - self._devices_at > _DEVICE_STALE_SECONDS:
+            return None
+        known = {
+            each.device_id: each.utilization_ratio
+            for each in self._devices
+            if each.HasField("utilization_ratio")
+        }
+        ratios = [known.get(claim.device_id) for claim in replica.assignment.devices]
+        told = [each for each in ratios if each is not None]
+        return sum(told) / len(told) if told and len(told) == len(ratios) else None
 
     async def _run_devices(self) -> None:
         while True:
             self._devices = await asyncio.to_thread(self._inventory.sample)
+            self._devices_at = self._clock.monotonic()
             await self._clock.sleep(DEVICE_PERIOD_SECONDS)

@@ -52,6 +52,7 @@ def run(arguments: Sequence[str]) -> int:
     except InvalidArgument as error:
         give_up(_PROGRAM, 2, f"--{error.message}")
     admin_token = read_token(settings.admin_token_file) if settings.admin_token_file else ""
+    agent_token = read_token(settings.agent_token_file) if settings.agent_token_file else ""
     configure(service="router", level=settings.log_level, style=settings.log_style)
     inherited = os.environ.get(WORKER_VARIABLE)
     try:
@@ -67,7 +68,8 @@ def run(arguments: Sequence[str]) -> int:
     with listener:
         if inherited is None and settings.workers > 1:
             return _run(_supervise(settings, list(arguments), listener))
-        return _run(_work(settings, strategy, listener, admin_token, supervised=inherited is not None))
+        supervised = inherited is not None
+        return _run(_work(settings, strategy, listener, admin_token, agent_token, supervised=supervised))
 
 
 def _claim(settings: RouterSettings) -> socket.socket:
@@ -85,6 +87,7 @@ async def _work(
     strategy: Strategy,
     listener: socket.socket,
     admin_token: str,
+    agent_token: str,
     *,
     supervised: bool,
 ) -> None:
@@ -99,6 +102,7 @@ async def _work(
             clock=SystemClock(),
             stop=stop,
             admin_token=admin_token,
+            agent_token=agent_token,
         )
     finally:
         await cancel_and_wait(orphan)

@@ -76,6 +76,7 @@ class RouterApplication:
         strategy: Strategy,
         clock: Clock,
         admin_token: str = "",
+        agent_token: str = "",
         metrics: RouterMetrics | None = None,
     ) -> None:
         self.metrics = metrics or RouterMetrics()
@@ -85,6 +86,7 @@ class RouterApplication:
         self._pool = UpstreamPool(
             connect_timeout_seconds=settings.connect_timeout_seconds, clock=clock, deadlines=Deadlines(clock)
         )
+        self._exact = settings.exact_index(agent_token, clock)
         self.director = Director(
             source=self.source,
             strategy=strategy,
@@ -99,6 +101,7 @@ class RouterApplication:
             metrics=self.metrics,
             clock=clock,
             requests_in_flight_max=settings.requests_in_flight_max,
+            exact=self._exact,
         )
         self.in_flight = 0
         self._idle = asyncio.Event()
@@ -125,7 +128,10 @@ class RouterApplication:
 
     def services(self) -> dict[str, Any]:
         """Returns the coroutines to run beside the server, by name."""
-        return {"view": self.source.run(), "view-age": self._watch_age()}
+        services: dict[str, Any] = {"view": self.source.run(), "view-age": self._watch_age()}
+        if self._exact is not None:
+            services["kv-events"] = self._exact.run()
+        return services
 
     async def wait_idle(self, timeout_seconds: float) -> bool:
         """Waits until no request is in flight; tells whether that came about in time."""
@@ -139,6 +145,8 @@ class RouterApplication:
     async def close(self) -> None:
         """Closes the connections to engines and writes what is left of the log."""
         await self._pool.close()
+        if self._exact is not None:
+            await self._exact.close()
         self._access_log.flush()
         self.metrics.flush()
 
@@ -327,6 +335,8 @@ class RouterApplication:
                 "in_flight": self.director.loads.in_flight(each.replica),
                 "pending_prefill_tokens": self.director.selector.ledger.pending_tokens(each.replica),
                 "prefix_blocks": self.director.selector.index.blocks_at(each.identity),
+                "kv_events": self._exact is not None and self._exact.knows(each),
+                "kv_event_blocks": 0 if self._exact is None else self._exact.blocks_at(each.replica),
                 "ejected": self.director.health.is_ejected(each),
                 "sample_age_seconds": samples.age_seconds(each.replica),
             }

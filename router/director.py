@@ -22,6 +22,7 @@ from router.openai.errors import Reason
 from router.picking.contract import Candidate, RequestContext, Strategy
 from router.picking.eligibility import eligible
 from router.picking.selector import Selector
+from router.prefix.exact.index import ExactIndex
 from router.record import CLIENT_CLOSED_REQUEST, RequestRecord
 from router.upstream.answer import Answer
 from router.upstream.budget import RetryBudget
@@ -101,12 +102,13 @@ class Director:
         metrics: RouterMetrics,
         clock: Clock,
         requests_in_flight_max: int,
+        exact: ExactIndex | None = None,
     ) -> None:
         self.loads = loads
         self.health = EndpointHealth(clock)
         self.budget = RetryBudget(clock)
         self._source = source
-        self.selector = Selector(strategy, loads=loads, samples=source.samples)
+        self.selector = Selector(strategy, loads=loads, samples=source.samples, exact=exact)
         self._forwarder = forwarder
         self._timeouts = timeouts
         self._metrics = metrics
@@ -174,6 +176,8 @@ class Director:
             Refusal: None did.
         """
         self.budget.request()
+        if self.selector.exact is not None:
+            await self._read_exactly(call)
         failure: AttemptFailed | None = None
         while True:
             candidate = self._choose(call)
@@ -195,6 +199,11 @@ class Director:
             if not failure.retryable or call.attempts >= ATTEMPTS_MAX:
                 await self._give_up(call, failure)
                 return
+
+    async def _read_exactly(self, call: Call) -> None:
+        deployment = self._source.view.deployment(call.context.namespace, call.context.deployment)
+        if deployment is not None:
+            await self.selector.read_exactly(call.context, call.parsed.document, deployment.endpoints)
 
     def _choose(self, call: Call) -> Candidate | None:
         deployment = self._source.view.deployment(call.context.namespace, call.context.deployment)

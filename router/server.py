@@ -100,6 +100,7 @@ async def serve(
     clock: Clock,
     stop: asyncio.Event,
     admin_token: str = "",
+    agent_token: str = "",
 ) -> None:
     """Serves until `stop` is set, then drains.
 
@@ -111,8 +112,16 @@ async def serve(
         clock: Measures time.
         stop: Set to end.
         admin_token: Opens the operator's page; empty for none.
+        agent_token: Opens agents' KV events; empty for none.
     """
-    router = RouterApplication(settings, store=store, strategy=strategy, clock=clock, admin_token=admin_token)
+    router = RouterApplication(
+        settings,
+        store=store,
+        strategy=strategy,
+        clock=clock,
+        admin_token=admin_token,
+        agent_token=agent_token,
+    )
     runner = router.runner(shutdown_timeout=CLOSE_SECONDS)
     await runner.setup()
     site = web.SockSite(runner, listener, backlog=BACKLOG)

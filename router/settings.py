@@ -5,11 +5,14 @@ files, never as values.
 """
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
+from core.clock import Clock
+from core.rpc import TlsFiles
 from core.settings import EtcdOptions, LogOptions, Port, process_configuration, read_token
+from router.prefix.exact.index import ExactIndex
 from router.upstream.forward import Timeouts
 
 MEBIBYTE = 1024 * 1024
@@ -40,6 +43,18 @@ class RouterSettings(LogOptions, EtcdOptions):
         description="Picking plug-ins, separated by commas, a scorer's with a weight where wanted "
         "(prefix=3,kv=2,load=2), or `default`: prefix, KV and load in one cost.",
     )
+    prefix_index: Literal["approximate", "exact"] = Field(
+        "approximate",
+        description="What is known of engines' caches: approximate learns from what is sent; exact also "
+        "reads the KV events of engines that publish some and asks them for prompts' tokens, which may take "
+        "a request 5 ms.",
+    )
+    agent_token_file: Path | None = Field(
+        None, description="File with the router token that node agents know; for --prefix-index exact."
+    )
+    agent_tls_certificate: Path | None = Field(None, description="PEM file of our certificate for agents.")
+    agent_tls_key: Path | None = Field(None, description="PEM file of its key.")
+    agent_tls_authority: Path | None = Field(None, description="PEM file of authorities; checks agents.")
     connect_timeout_seconds: Seconds = Field(
         2.0, description="Until a connection to an engine stands; engines are near, so longer means trouble."
     )
@@ -70,12 +85,27 @@ class RouterSettings(LogOptions, EtcdOptions):
         None, description="File with the admin token; turns on GET /debug/endpoints for its bearer."
     )
 
-    @field_validator("admin_token_file")
+    @field_validator("admin_token_file", "agent_token_file")
     @classmethod
     def _check_token_file(cls, value: Path | None) -> Path | None:
         if value is not None:
             read_token(value)
         return value
+
+    @model_validator(mode="after")
+    def _check_exact(self) -> Self:
+        if self.prefix_index == "exact" and self.agent_token_file is None:
+            raise ValueError("--prefix-index exact needs --agent-token-file, which agents ask routers for")
+        if (self.agent_tls_certificate is None) != (self.agent_tls_key is None):
+            raise ValueError("--agent-tls-certificate and --agent-tls-key come together")
+        return self
+
+    def exact_index(self, token: str, clock: Clock) -> ExactIndex | None:
+        """Returns the exact prefix index; None where it is not asked for."""
+        if self.prefix_index != "exact":
+            return None
+        tls = TlsFiles(self.agent_tls_certificate, self.agent_tls_key, self.agent_tls_authority)
+        return ExactIndex(token=token, tls=tls, clock=clock)
 
     def timeouts(self) -> Timeouts:
         """Returns the bounds of an attempt."""

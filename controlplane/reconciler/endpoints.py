@@ -17,6 +17,7 @@ def endpoints(
     assignments: Mapping[str, replica_pb2.ReplicaAssignment],
     observations: Mapping[str, replica_pb2.ReplicaObservation],
     present: Mapping[str, endpoint_pb2.Endpoint],
+    agent_targets: Mapping[str, str],
 ) -> dict[str, endpoint_pb2.Endpoint]:
     """Returns the endpoints that should be published, by replica.
 
@@ -24,11 +25,15 @@ def endpoints(
         assignments: By replica; those that the plan removes are left out by the caller.
         observations: By replica.
         present: Published endpoints, by replica.
+        agent_targets: Where nodes' agents serve, host:port by node; nodes that do not say are not in it.
     """
     wanted: dict[str, endpoint_pb2.Endpoint] = {}
     for replica, assignment in assignments.items():
         endpoint = _endpoint(assignment, observations.get(replica), present.get(replica))
         if endpoint is not None:
+            # An external URL is no engine of the agent's, so the agent knows nothing of its cache.
+            if endpoint.engine != types_pb2.ENGINE_EXTERNAL:
+                endpoint.agent_target = agent_targets.get(endpoint.node, endpoint.agent_target)
             wanted[replica] = endpoint
     return wanted
 

@@ -201,7 +201,7 @@ class _Scribe:
             for replica, each in self.published.items()
             if isinstance(each, endpoint_pb2.Endpoint)
         }
-        wanted = endpoints(after, self._typed_observations(), present)
+        wanted = endpoints(after, self._typed_observations(), present, self._agent_targets(after))
         for replica in sorted({*self.assignments, *after, *present}):
             drain = self.orders.drain.get(replica)
             unit = Transaction(self.name, preempted_by=drain.preempted_by if drain is not None else "")
@@ -210,6 +210,15 @@ class _Scribe:
             unit.notices += self._notices(replica)
             yield unit
         yield self._conclusion(conclusion)
+
+    def _agent_targets(self, assignments: Mapping[str, replica_pb2.ReplicaAssignment]) -> dict[str, str]:
+        nodes = {each.node for each in assignments.values()}
+        records = {node: self.view.nodes.get(keys.ACTUAL_NODES + node) for node in nodes}
+        return {
+            node: record.inventory.agent_target
+            for node, record in records.items()
+            if record is not None and record.inventory.agent_target
+        }
 
     def _typed_observations(self) -> dict[str, replica_pb2.ReplicaObservation]:
         return {

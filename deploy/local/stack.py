@@ -216,6 +216,7 @@ class Stack:
             f"--workers={options.router_workers}",
             f"--etcd-endpoints={options.etcd_endpoint}",
             f"--admin-token-file={self._admin_token_file}",
+            f"--agent-token-file={self._router_token_file}",
             f"--public-url={options.router_url}",
         ]
 

@@ -25,11 +25,13 @@ class MetricNames:
         sums: Field of `EngineStats` to series names; all label sets of a series are added up.
         means: As `sums`, but averaged, for shares.
         cache_info: Series whose labels describe the key/value cache; empty where there is none.
+        adapter_info: Series whose labels tell the LoRA adapters and whose value is when; empty as well.
     """
 
     sums: Mapping[str, Sequence[str]]
     means: Mapping[str, Sequence[str]]
     cache_info: str = ""
+    adapter_info: str = ""
 
 
 # A counter is exposed with `_total` by prometheus_client 0.5 and later and without it by others.
@@ -46,6 +48,7 @@ VLLM_NAMES = MetricNames(
     },
     means={"kv_usage_ratio": ("vllm:kv_cache_usage_perc", "vllm:gpu_cache_usage_perc")},
     cache_info="vllm:cache_config_info",
+    adapter_info="vllm:lora_requests_info",
 )
 
 
@@ -84,7 +87,7 @@ def parse_labels(text: str) -> dict[str, str]:
 def parse_stats(text: str, names: MetricNames) -> stats_pb2.EngineStats:
     """Reads a metrics page into a sample without identity or time."""
     wanted = {each for group in (names.sums, names.means) for aliases in group.values() for each in aliases}
-    series = read_series(text, frozenset(wanted | {names.cache_info}))
+    series = read_series(text, frozenset(wanted | {names.cache_info, names.adapter_info}))
     stats = stats_pb2.EngineStats()
     for field, aliases in names.sums.items():
         values = _first_present(series, aliases)
@@ -95,6 +98,7 @@ def parse_stats(text: str, names: MetricNames) -> stats_pb2.EngineStats:
         if values is not None:
             setattr(stats, field, min(1.0, max(0.0, sum(values) / len(values))))
     _read_cache_info(stats, series.get(names.cache_info, []))
+    _read_adapters(stats, series.get(names.adapter_info, []))
     return stats
 
 
@@ -120,6 +124,21 @@ def _read_cache_info(stats: stats_pb2.EngineStats, info: Series) -> None:
         tokens += size or 0
     if tokens:
         stats.kv_cache_tokens = tokens
+
+
+def _read_adapters(stats: stats_pb2.EngineStats, info: Series) -> None:
+    if not info:
+        return
+    # vLLM never withdraws a label set: the one with the latest time is the present one.
+    labels_text, _ = max(info, key=lambda each: each[1])
+    labels = parse_labels(labels_text)
+    stats.adapters.running.extend(_names(labels.get("running_lora_adapters", "")))
+    stats.adapters.waiting.extend(_names(labels.get("waiting_lora_adapters", "")))
+    stats.adapters.running_max = _whole_number(labels.get("max_lora")) or 0
+
+
+def _names(text: str) -> list[str]:
+    return [name for each in text.split(",") if (name := each.strip())]
 
 
 def cache_memory_bytes(text: str, names: MetricNames) -> int | None:

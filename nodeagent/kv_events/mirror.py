@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum
 
-from nodeagent.kv_events.block_hash import block_hash, event_hash
+from core.block_hash import block_hash, event_hash
 from nodeagent.kv_events.codec import Cleared, Event, Removed, Stored
 
 # Blocks of one cache; the largest caches that are built today have a tenth of it. 4 Mi of them are

@@ -6,17 +6,20 @@ grows without a bound. What may be used at all (state, ejection, attempts) is de
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from dataclasses import dataclass
+from enum import Enum
+from typing import NamedTuple, Protocol, runtime_checkable
 
-from router.prefix.prompt import Prompt
+from router.prefix.exact.tokens import ExactPrompt
+from router.prefix.prompt import NO_PROMPT, Prompt
 from router.view.samples import Sample
 from router.view.view import Endpoint
 
 
-@dataclass(frozen=True, slots=True)
+# Not frozen: that would triple the cost of making one, which every request pays.
+@dataclass(slots=True)
 class RequestContext:
-    """What plug-ins may know of a request.
+    """What plug-ins may know of a request; nobody changes it once it is made.
 
     Attributes:
         request_id: Identifies it in logs.
@@ -29,6 +32,7 @@ class RequestContext:
         prompt: Its length and hash chain; empty unless the strategy reads prompts.
         session: What the client calls its session; empty for none.
         adapter: LoRA adapter that it needs; empty for none.
+        exact: The prompt in engines' own tokens; None where that is not known.
     """
 
     request_id: str
@@ -38,13 +42,20 @@ class RequestContext:
     model: str
     stream: bool
     body: bytes
-    prompt: Prompt = field(default_factory=Prompt)
+    prompt: Prompt = NO_PROMPT
     session: str = ""
     adapter: str = ""
+    exact: ExactPrompt | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Candidate:
+class CacheKnowledge(Enum):
+    """Where `Candidate.cached_tokens` comes from."""
+
+    APPROXIMATE = "approximate"
+    EXACT = "exact"
+
+
+class Candidate(NamedTuple):
     """An endpoint that may be used for this request.
 
     Attributes:
@@ -55,6 +66,8 @@ class Candidate:
         pending_prefill_tokens: Uncached prompt tokens that this process has sent there and that have not
             brought a first byte yet.
         alike_in_flight: Those of `in_flight` whose prompts begin like this one (`prefix_key`).
+        cache_knowledge: Whether `cached_tokens` is what this process has sent there, or what the engine
+            itself says.
     """
 
     endpoint: Endpoint
@@ -63,6 +76,7 @@ class Candidate:
     cached_tokens: int = 0
     pending_prefill_tokens: int = 0
     alike_in_flight: int = 0
+    cache_knowledge: CacheKnowledge = CacheKnowledge.APPROXIMATE
 
 
 @runtime_checkable

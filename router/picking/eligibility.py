@@ -4,7 +4,7 @@ In come the endpoints of a deployment, those already tried, and what is known of
 best class that is not empty. DRAINING and unknown states are never used. Pure.
 """
 
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from router.view.view import Endpoint, EndpointState
 
@@ -12,7 +12,7 @@ from router.view.view import Endpoint, EndpointState
 def eligible(
     endpoints: Sequence[Endpoint],
     *,
-    tried: Container[tuple[str, str]],
+    tried: Collection[tuple[str, str]],
     is_ejected: Callable[[Endpoint], bool],
     last_failure_seconds: Callable[[Endpoint], float],
 ) -> Sequence[Endpoint]:
@@ -27,10 +27,14 @@ def eligible(
         is_ejected: Tells whether an endpoint is left alone for now.
         last_failure_seconds: When an endpoint failed last, on any clock.
     """
-    for state in (EndpointState.READY, EndpointState.UNHEALTHY):
-        usable = [each for each in endpoints if each.state is state and each.identity not in tried]
-        if not usable:
+    ready = [each for each in endpoints if each.state is EndpointState.READY]
+    if len(ready) == len(endpoints) and not tried and not any(map(is_ejected, endpoints)):
+        # The very sequence, so that what was worked out for it before is found again.
+        return endpoints
+    for usable in (ready, [each for each in endpoints if each.state is EndpointState.UNHEALTHY]):
+        left = [each for each in usable if each.identity not in tried]
+        if not left:
             continue
-        kept = [each for each in usable if not is_ejected(each)]
-        return kept or [min(usable, key=last_failure_seconds)]
+        kept = [each for each in left if not is_ejected(each)]
+        return kept or [min(left, key=last_failure_seconds)]
     return ()

@@ -10,14 +10,14 @@ from router.picking.contract import Candidate, RequestContext
 from router.picking.rotation import Rotation
 
 # Sums of scores that differ by less differ by rounding.
-_EQUAL = 1e-9
+EQUAL = 1e-9
 
 
 class HighestScore:
     """Picker that takes the best."""
 
     def __init__(self) -> None:
-        self._rotation = Rotation()
+        self.rotation = Rotation()
 
     def pick(
         self, request: RequestContext, candidates: Sequence[Candidate], scores: Sequence[float]
@@ -25,6 +25,6 @@ class HighestScore:
         """Returns one of the candidates with the highest score."""
         del request
         best = max(scores)
-        return self._rotation.next(
-            [each for each, score in zip(candidates, scores, strict=True) if score >= best - _EQUAL]
+        return self.rotation.next(
+            [each for each, score in zip(candidates, scores, strict=True) if score >= best - EQUAL]
         )

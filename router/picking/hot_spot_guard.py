@@ -1,7 +1,7 @@
 """Hot-spot guard: no affinity may pile requests on one endpoint, or leave another idle.
 
-Formula: with r the requests that this process has at a candidate, over its weight, and `alike` those of them
-whose prompts begin like this one, a candidate stays when
+Formula: with r the requests that this process has at a candidate, over its weight relative to the others'
+(`pending`), and `alike` those of them whose prompts begin like this one, a candidate stays when
 
     r <= 2 * min(r) + 2        where alike >= 3: the prompt's prefix is hot, so it is worth caching twice
     r <= 4 * min(r) + 16       otherwise: an own prefix is worth a queue, but not any queue
@@ -15,6 +15,7 @@ count: they are known at this moment, and every router evens out its own.
 from collections.abc import Sequence
 
 from router.picking.contract import Candidate, RequestContext
+from router.picking.pending import relative_weights
 
 HOT_ALIKE = 3
 HOT_FACTOR, HOT_SLACK = 2.0, 2.0
@@ -29,7 +30,8 @@ class HotSpotGuard:
         del request
         if len(candidates) < 2:
             return candidates
-        own = [each.in_flight / each.endpoint.weight for each in candidates]
+        weights = relative_weights([each.endpoint.weight for each in candidates])
+        own = [each.in_flight / weight for each, weight in zip(candidates, weights, strict=True)]
         least = min(own)
         hot, usual = HOT_FACTOR * least + HOT_SLACK, FACTOR * least + SLACK
         return [

@@ -11,8 +11,8 @@ Formula, for each candidate:
 
 A token that has to be computed costs the request once and, on a busy engine, everyone behind it; that is
 why it weighs so much more than a token that waits already. `pending_prefill_tokens` and `requests` count
-what this process has sent, before it is sent; `requests` adds others' from samples and is divided by the
-weight (`pending`).
+what this process has sent, before it is sent; `requests` adds others' from samples; both are divided by the
+relative weight (`pending`).
 
 `others` is the share of the load that other routers and workers send. What they have sent where is not
 known here, but they rank the endpoints of a prompt as this process does: the more of the load is theirs,
@@ -23,7 +23,7 @@ discount, because it would only unbalance the load. Missing and stale samples ar
 from collections.abc import Sequence
 
 from router.picking.contract import Candidate, RequestContext
-from router.picking.pending import others_share, pending_requests
+from router.picking.pending import others_share, pending_requests, relative_weights
 from router.prefix.rendezvous import preference
 
 # From `tests/bench/router_trace.py`, three seeds at 60 requests a second on one trace: 8 loses a twentieth
@@ -49,11 +49,14 @@ class LeastCost:
             order = preference(request.prompt.chain, [each.endpoint.replica for each in candidates])
             for discount, at in zip(DISCOUNTS, order, strict=False):
                 weights[at] *= 1.0 - discount * others
+        shares = relative_weights([each.endpoint.weight for each in candidates])
         costs = [
             weight * max(0, tokens - each.cached_tokens)
-            + each.pending_prefill_tokens / each.endpoint.weight
+            + each.pending_prefill_tokens / share
             + REQUEST_TOKENS * requests
-            for weight, each, requests in zip(weights, candidates, pending_requests(candidates), strict=True)
+            for weight, each, share, requests in zip(
+                weights, candidates, shares, pending_requests(candidates), strict=True
+            )
         ]
         least = min(costs)
         return [(1.0 + least) / (1.0 + cost) for cost in costs]

@@ -4,8 +4,8 @@ Formula, for each candidate:
 
     score = 1 - utilisation                        from a sample not older than 5 s
 
-A missing or stale value counts as the mean of the known ones, and as one half where none is known. Routers
-do not receive device samples yet, so that for now all candidates are equal and take turns.
+The utilisation is the mean of the replica's devices, which agents sample every 5 s. A missing or stale
+value counts as the mean of the known ones, and as one half where none is known.
 """
 
 from collections.abc import Sequence

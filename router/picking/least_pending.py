@@ -6,11 +6,12 @@ Formula, for each candidate:
     pending = (in_flight + others) / weight
     score   = 1 / (1 + pending)
 
-`in_flight` is what this process has there at this moment, counted before it is sent. `own_peak` is the
-most it had there between the last two samples: the engine's count holds our own requests too, and
-subtracting the peak never counts one of them twice. A candidate whose sample is missing or stale gets
-the mean of the others' `others`, which makes it neither idle nor saturated; without any sample the
-terms are zero for all and our own count decides. Equal scores take turns (`HighestScore`).
+The weight is relative to the others' (`picking.pending`). `in_flight` is what this process has there at this
+moment, counted before it is sent. `own_peak` is the most it had there between the last two samples: the
+engine's count holds our own requests too, and subtracting the peak never counts one of them twice. A
+candidate whose sample is missing or stale gets the mean of the others' `others`, which makes it neither idle
+nor saturated; without any sample the terms are zero for all and our own count decides. Equal scores take
+turns (`HighestScore`).
 """
 
 from collections.abc import Sequence

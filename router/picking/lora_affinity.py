@@ -7,8 +7,8 @@ Formula, for each candidate:
     0.6   requests in the engine's queue wait for it
     0.0   no room: something would be thrown out
 
-Without an adapter in the request, and for engines that do not tell theirs, all are 0.8: neither the best
-nor the worst. No engine sample tells adapters yet.
+Loaded means in the running batch, and room is for one more in it: that is what vLLM tells. Without an adapter
+in the request, and for engines that do not tell theirs, all are 0.8: neither the best nor the worst.
 """
 
 from collections.abc import Sequence

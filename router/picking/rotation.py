@@ -5,13 +5,11 @@ after the one that was chosen last for the same deployment. There is no index th
 reset or skew.
 """
 
-from collections import OrderedDict
 from collections.abc import Sequence
 
 from router.picking.contract import Candidate
 
-# Far more deployments than one router serves; the one that was idle longest is forgotten and merely
-# starts its turns over.
+# Far more deployments than one router serves; beyond it all are forgotten and merely start their turns over.
 _DEPLOYMENTS_MAX = 10_000
 
 
@@ -19,17 +17,34 @@ class Rotation:
     """Remembers whose turn it was."""
 
     def __init__(self) -> None:
-        self._last: OrderedDict[tuple[str, str], str] = OrderedDict()
+        self._last: dict[tuple[str, str], str] = {}
 
     def next(self, candidates: Sequence[Candidate]) -> Candidate:
         """Returns the candidate whose turn it is; all belong to one deployment, and there is one."""
         endpoint = candidates[0].endpoint
-        key = (endpoint.namespace, endpoint.deployment)
-        last = self._last.get(key, "")
-        later = [each for each in candidates if each.endpoint.replica > last]
-        chosen = min(later or candidates, key=lambda each: each.endpoint.replica)
-        self._last[key] = chosen.endpoint.replica
-        self._last.move_to_end(key)
-        if len(self._last) > _DEPLOYMENTS_MAX:
-            self._last.popitem(last=False)
+        replica = self.next_replica(
+            (endpoint.namespace, endpoint.deployment), [each.endpoint.replica for each in candidates]
+        )
+        return next(each for each in candidates if each.endpoint.replica == replica)
+
+    def next_replica(self, deployment: tuple[str, str], replicas: Sequence[str]) -> str:
+        """Returns the replica whose turn it is.
+
+        Args:
+            deployment: Namespace and name.
+            replicas: At least one, in any order.
+        """
+        last = self.last(deployment)
+        chosen = min([each for each in replicas if each > last] or replicas)
+        self.took(deployment, chosen)
         return chosen
+
+    def last(self, deployment: tuple[str, str]) -> str:
+        """Returns the replica that had its turn last; empty for none."""
+        return self._last.get(deployment, "")
+
+    def took(self, deployment: tuple[str, str], replica: str) -> None:
+        """Notes who had his turn."""
+        if len(self._last) >= _DEPLOYMENTS_MAX:
+            self._last.clear()
+        self._last[deployment] = replica

@@ -6,42 +6,55 @@ worker, on the event loop, without I/O. The trace benchmark drives this very cla
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from itertools import repeat
 from types import TracebackType
 from typing import Any, Self
 
-from router.picking.contract import Candidate, RequestContext, Strategy
+from router.picking.columns import Columns
+from router.picking.compiled import compile_strategy
+from router.picking.contract import CacheKnowledge, Candidate, RequestContext, Strategy
+from router.picking.decision import Decision
 from router.picking.prefill_ledger import Entry, PrefillLedger
-from router.prefix.chain import DEFAULT_BLOCK_TOKENS
+from router.prefix.exact.index import ExactIndex
+from router.prefix.exact.tokens import ExactPrompt
 from router.prefix.index import DEFAULT_CAPACITY_BLOCKS, PrefixIndex
-from router.prefix.prompt import Prompt, read_prompt
+from router.prefix.prompt import NO_PROMPT, Prompt, read_prompt
 from router.prefix.rendezvous import prefix_key
 from router.upstream.loads import LoadTable
 from router.view.samples import SampleTable
 from router.view.view import Endpoint
 
-# Room for about 350,000 blocks: the KV caches of some 20 large engines.
+# Room for about 350,000 blocks of 64 tokens: the KV caches of some 80 large engines.
 INDEX_BYTES_MAX = 64 * 1024 * 1024
+# Sets of endpoints whose columns are kept: one a deployment, and those without an endpoint that failed. All
+# are dropped together, since working them out again takes microseconds.
+_COLUMNS_MAX = 1024
 
-_NO_PROMPT = Prompt()
+# Endless and without a state of its own, so that all may share it.
+_ZEROS = repeat(0)
 
 
-class Flight:
+class Flight(Entry):
     """A request on its way: counted from its making until `close`."""
 
-    def __init__(self, ledger: PrefillLedger, entry: Entry, held: ExitStack) -> None:
-        self._ledger = ledger
-        self._entry = entry
-        self._held = held
+    __slots__ = ("_key", "_open", "_selector")
+
+    def __init__(self, selector: "Selector", replica: str, tokens: int, key: int | None) -> None:
+        self.replica = replica
+        self.tokens = tokens
+        self._selector = selector
+        self._key = key
+        self._open = True
 
     def first_byte(self) -> None:
         """The engine has computed the prompt."""
-        self._ledger.computed(self._entry)
+        self._selector.ledger.computed(self)
 
     def close(self) -> None:
         """Releases the counts; again does nothing."""
-        self._ledger.drop(self._entry)
-        self._held.close()
+        if self._open:
+            self._open = False
+            self._selector.landed(self, self._key)
 
     def __enter__(self) -> Self:
         return self
@@ -61,6 +74,9 @@ class Selector:
     Attributes:
         index: Who probably holds which prefix.
         ledger: Prompt tokens that are not computed yet.
+        exact: What engines themselves say; None for the approximate index alone.
+        strategy: What decides.
+        decision: The latest choice, for whoever keeps it; None before the first.
     """
 
     def __init__(
@@ -70,85 +86,183 @@ class Selector:
         loads: LoadTable,
         samples: SampleTable,
         index_bytes_max: int = INDEX_BYTES_MAX,
+        exact: ExactIndex | None = None,
     ) -> None:
         self.index = PrefixIndex(bytes_max=index_bytes_max)
         self.ledger = PrefillLedger()
-        self._alike: dict[tuple[int, str], int] = {}
-        self._strategy = strategy
+        self.exact = exact
+        self.strategy = strategy
+        self.decision: Decision | None = None
+        self._compiled = compile_strategy(strategy)
+        # By prefix key, then by replica.
+        self._alike: dict[int, dict[str, int]] = {}
         self._loads = loads
         self._samples = samples
+        # By the identity of a view's own tuple; a tuple that is kept cannot lend its id to another.
+        self._of_tuple: dict[int, tuple[Sequence[Endpoint], Columns]] = {}
+        self._of_members: dict[tuple[int, ...], Columns] = {}
 
     def read_prompt(
         self, document: Mapping[str, Any], endpoints: Sequence[Endpoint], *, namespace: str, deployment: str
     ) -> Prompt:
         """Reads a request's prompt; an empty one where the strategy has no use for it."""
-        if not self._strategy.reads_prompt:
-            return _NO_PROMPT
+        if not self.strategy.reads_prompt:
+            return NO_PROMPT
         return read_prompt(
             document,
             namespace=namespace,
             deployment=deployment,
-            block_tokens=self._block_tokens(endpoints),
+            block_tokens=self._columns(endpoints).block_tokens if endpoints else NO_PROMPT.block_tokens,
         )
+
+    async def read_exactly(
+        self, request: RequestContext, document: Mapping[str, Any], endpoints: Sequence[Endpoint]
+    ) -> None:
+        """Adds the prompt in engines' tokens to a request, where that is known within some milliseconds."""
+        # Hashes of adapters' blocks hold the path of the adapter, which is not known here.
+        if self.exact is None or request.adapter or not self.strategy.reads_prompt:
+            return
+        request.exact = await self.exact.read_prompt(document, request.route, endpoints)
+        if request.exact is not None:
+            request.prompt = request.prompt.with_tokens(request.exact.tokens)
 
     def choose(self, request: RequestContext, endpoints: Sequence[Endpoint]) -> Candidate | None:
         """Chooses among endpoints of one deployment; None when there is none or the filters left none."""
+        if not endpoints:
+            return None
+        decision = self._observe(request, self._columns(endpoints))
+        self.decision = decision
+        if self._compiled is not None and decision.columns.even:
+            at = self._compiled.pick(
+                request.prompt,
+                decision.columns,
+                decision.in_flight,
+                decision.pending,
+                decision.cached,
+                decision.alike,
+            )
+            decision.chosen = at
+            return decision.candidate(at)
+        candidates = decision.candidates()
+        chosen = self.strategy.select(request, candidates)
+        decision.chosen = next((at for at, each in enumerate(candidates) if each is chosen), None)
+        return chosen
+
+    def _observe(self, request: RequestContext, columns: Columns) -> Decision:
+        """Notes what is known at this moment."""
         prompt = request.prompt
-        key = prefix_key(prompt.chain)
-        matches = self.index.match(prompt.chain) if prompt.chain else {}
-        return self._strategy.select(
+        alike = None
+        cached: Sequence[int] | None = None
+        if prompt.chain:
+            depths = self.index.depths(prompt.chain)
+            if depths:
+                columns.refresh_bits(self.index)
+                block_tokens = prompt.block_tokens
+                cached = [depths.get(bit, 0) * block_tokens for bit in columns.bits]
+                if prompt.ratio != 1.0:
+                    cached = [int(each * prompt.ratio) for each in cached]
+            key = prefix_key(prompt.chain)
+            if key in self._alike:
+                alike = self._alike[key].copy()
+        knowledge = None
+        if request.exact is not None and self.exact is not None:
+            cached, knowledge = self._exactly(request.exact, columns, cached, alike or {})
+        return Decision(
             request,
-            [
-                Candidate(
-                    endpoint=each,
-                    sample=self._samples.fresh(each.replica, each.incarnation),
-                    in_flight=self._loads.in_flight(each.replica),
-                    cached_tokens=matches.get(each.identity, 0) * prompt.block_tokens,
-                    pending_prefill_tokens=self.ledger.pending_tokens(each.replica),
-                    alike_in_flight=0 if key is None else self._alike.get((key, each.replica), 0),
-                )
-                for each in endpoints
-            ],
+            columns,
+            columns.samples,
+            list(map(self._loads.counts.get, columns.replicas, _ZEROS)),
+            list(map(self.ledger.counts.get, columns.replicas, _ZEROS)),
+            cached,
+            alike,
+            knowledge,
         )
+
+    def _exactly(
+        self,
+        prompt: ExactPrompt,
+        columns: Columns,
+        approximate: Sequence[int] | None,
+        alike: Mapping[str, int],
+    ) -> tuple[Sequence[int], Sequence[CacheKnowledge]]:
+        """Puts what engines say in place of what was sent to them, endpoint by endpoint."""
+        assert self.exact is not None
+        sent = approximate or [0] * len(columns.endpoints)
+        cached, knowledge = [], []
+        told = self.exact.cached_tokens(prompt, columns.endpoints)
+        for known, guessed, replica in zip(told, sent, columns.replicas, strict=True):
+            # A prompt that begins alike and is still under way there is cached before this one is computed.
+            exact = known is not None and (known >= guessed or not alike.get(replica))
+            cached.append(known if exact and known is not None else guessed)
+            knowledge.append(CacheKnowledge.EXACT if exact else CacheKnowledge.APPROXIMATE)
+        return cached, knowledge
 
     def send(self, request: RequestContext, chosen: Candidate) -> Flight:
         """Counts a request as sent, before it is, and learns where its prefix is from now on."""
         endpoint, prompt = chosen.endpoint, request.prompt
+        replica, key = endpoint.replica, None
         if prompt.chain:
             self.index.record(
                 endpoint.identity,
                 prompt.chain,
                 capacity_blocks=self._capacity_blocks(endpoint, prompt.block_tokens),
             )
-        held = ExitStack()
-        held.enter_context(self._loads.hold(endpoint.replica))
-        key = prefix_key(prompt.chain)
-        if key is not None:
-            alike = (key, endpoint.replica)
-            self._alike[alike] = self._alike.get(alike, 0) + 1
-            held.callback(self._release_alike, alike)
-        entry = self.ledger.add(endpoint.replica, max(0, prompt.tokens - chosen.cached_tokens))
-        return Flight(self.ledger, entry, held)
+            key = prefix_key(prompt.chain)
+            if key is not None:
+                alike = self._alike.get(key)
+                if alike is None:
+                    self._alike[key] = {replica: 1}
+                else:
+                    alike[replica] = alike.get(replica, 0) + 1
+        self._loads.begin(replica)
+        flight = Flight(self, replica, max(0, prompt.tokens - chosen.cached_tokens), key)
+        self.ledger.add(flight)
+        return flight
 
-    def _release_alike(self, alike: tuple[int, str]) -> None:
-        left = self._alike[alike] - 1
-        if left:
-            self._alike[alike] = left
-        else:
-            del self._alike[alike]
+    def landed(self, entry: Entry, key: int | None) -> None:
+        """Releases what `send` has counted; `Flight.close` sees to it that this happens once."""
+        replica = entry.replica
+        self.ledger.drop(entry)
+        self._loads.end(replica)
+        if key is None:
+            return
+        alike = self._alike[key]
+        if alike[replica] > 1:
+            alike[replica] -= 1
+            return
+        del alike[replica]
+        if not alike:
+            del self._alike[key]
 
     def retain(self, endpoints: Iterable[Endpoint]) -> None:
         """Forgets the prefixes of all other endpoints and of earlier incarnations."""
-        self.index.retain(each.identity for each in endpoints)
+        present = list(endpoints)
+        self.index.retain(each.identity for each in present)
+        if self.exact is not None:
+            self.exact.follower.view_changed(present)
+        self._of_tuple.clear()
+        self._of_members.clear()
 
-    def _block_tokens(self, endpoints: Sequence[Endpoint]) -> int:
-        """Returns the block size of a deployment's engines; the default unless they all agree."""
-        sizes = set()
-        for each in endpoints:
-            sample = self._samples.latest(each.replica, each.incarnation)
-            if sample is not None and sample.kv_block_tokens is not None:
-                sizes.add(sample.kv_block_tokens)
-        return sizes.pop() if len(sizes) == 1 else DEFAULT_BLOCK_TOKENS
+    def _columns(self, endpoints: Sequence[Endpoint]) -> Columns:
+        """Returns the columns of some endpoints, of which there is at least one, as they are now."""
+        known = self._of_tuple.get(id(endpoints))
+        if known is not None and known[0] is endpoints:
+            columns = known[1]
+        else:
+            members = tuple(map(id, endpoints))
+            found = self._of_members.get(members)
+            if found is None:
+                if len(self._of_members) >= _COLUMNS_MAX:
+                    self._of_members.clear()
+                found = self._of_members[members] = Columns(endpoints)
+            columns = found
+            # A list may change and keep its identity.
+            if isinstance(endpoints, tuple):
+                if len(self._of_tuple) >= _COLUMNS_MAX:
+                    self._of_tuple.clear()
+                self._of_tuple[id(endpoints)] = (endpoints, columns)
+        columns.refresh(self._samples)
+        return columns
 
     def _capacity_blocks(self, endpoint: Endpoint, block_tokens: int) -> int:
         sample = self._samples.latest(endpoint.replica, endpoint.incarnation)

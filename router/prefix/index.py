@@ -3,28 +3,29 @@
 In come the hash chains of requests as they are sent; out come, for a new chain, the number of its leading
 blocks at each endpoint. Every endpoint is modelled as what its engine is: an LRU of as many blocks as its
 KV cache has, the tail of a chain evicted before its head. A restarted engine is another endpoint. All
-endpoints share one table from hash to a set of bits, so that a look-up is one walk. It is bounded by bytes
-and does no I/O.
+endpoints share one table from hash to a set of bits. It is bounded by bytes and does no I/O.
 
     hash  -> bits of the endpoints that hold it             (shared)
     hash  -> stamp of its latest use                        (per endpoint)
     log of (stamp, chain), oldest first                     (per endpoint)
 
-Eviction takes the oldest chain of the log and drops those of its blocks that have not been used since.
+Eviction takes the oldest chain of the log and drops those of its blocks that have not been used since. A
+block is used with all before it and evicted before them, so that what an endpoint holds of a chain is always
+a leading part of it: its end is found by bisection.
 """
 
 from array import array
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 Identity = tuple[str, str]
 
 # `python -m tests.bench.prefix_index` measures 130 for a million; the rest is room for a growing table.
 BYTES_PER_BLOCK = 192
-# An engine with 24 GiB of KV cache for an 8-billion model holds about 12,000 blocks of 16 tokens; this is
+# An engine with 24 GiB of KV cache for an 8-billion model holds about 200,000 tokens, 3,000 blocks; this is
 # for engines that have not told theirs.
-DEFAULT_CAPACITY_BLOCKS = 16_384
+DEFAULT_CAPACITY_BLOCKS = 4096
 # A log grows with repeated use of the same blocks; beyond this multiple of its capacity it is swept.
 _LOG_FACTOR = 3
 
@@ -40,7 +41,11 @@ class _Holdings:
 
 
 class PrefixIndex:
-    """Remembers where chains of blocks were sent."""
+    """Remembers where chains of blocks were sent.
+
+    Attributes:
+        generation: Grows when endpoints get or lose their bits.
+    """
 
     def __init__(self, *, bytes_max: int) -> None:
         """Takes the bound of its memory."""
@@ -49,6 +54,7 @@ class PrefixIndex:
         self._holdings: dict[Identity, _Holdings] = {}
         self._stamp = 0
         self._total = 0
+        self.generation = 0
 
     def __len__(self) -> int:
         """Blocks, each counted once for every endpoint that holds it."""
@@ -71,29 +77,46 @@ class PrefixIndex:
 
     def match(self, chain: Sequence[int]) -> Mapping[Identity, int]:
         """Returns for each endpoint that holds the first block how many leading blocks it holds."""
-        masks = self._masks
-        alive = masks.get(chain[0], 0) if chain else 0
-        if not alive:
-            return {}
-        lengths: dict[int, int] = {}
-        depth = 0
-        for digest in chain:
-            kept = masks.get(digest, 0) & alive
-            if kept != alive:
-                lost = alive ^ kept
-                while lost:
-                    bit = lost & -lost
-                    lengths[bit] = depth
-                    lost ^= bit
-                alive = kept
-                if not alive:
-                    break
-            depth += 1
+        depths = self.depths(chain)
         return {
-            identity: lengths.get(holdings.bit, depth)
+            identity: depths[holdings.bit]
             for identity, holdings in self._holdings.items()
-            if holdings.bit & alive or holdings.bit in lengths
+            if holdings.bit in depths
         }
+
+    def bits(self, identities: Iterable[Identity]) -> Sequence[int]:
+        """Returns the bits of endpoints, 0 for those without; they hold until `generation` changes."""
+        held = self._holdings
+        return [held[each].bit if each in held else 0 for each in identities]
+
+    def depths(self, chain: Sequence[int]) -> Mapping[int, int]:
+        """Returns the same as `match`, by the bits of the endpoints."""
+        mask_of = self._masks.get
+        alive = mask_of(chain[0], 0) if chain else 0
+        found: dict[int, int] = {}
+        low, end = 0, len(chain)
+        while alive:
+            # All of `alive` hold the block at `low`; `kept` are those of them that hold the one at `high`.
+            high = end - 1
+            kept = mask_of(chain[high], 0) & alive
+            if kept == alive:
+                high = end
+                kept = 0
+            else:
+                while high - low > 1:
+                    middle = (low + high) >> 1
+                    at_middle = mask_of(chain[middle], 0) & alive
+                    if at_middle == alive:
+                        low = middle
+                    else:
+                        high, kept = middle, at_middle
+            lost = alive ^ kept
+            while lost:
+                bit = lost & -lost
+                found[bit] = high
+                lost ^= bit
+            alive, low = kept, high
+        return found
 
     def record(self, identity: Identity, chain: Sequence[int], *, capacity_blocks: int) -> None:
         """Notes that an endpoint holds a chain from now on, and evicts what that pushes out.
@@ -108,15 +131,21 @@ class PrefixIndex:
         holdings = self._holdings.get(identity)
         if holdings is None:
             holdings = self._holdings[identity] = _Holdings(self._free_bit())
+            self.generation += 1
         self._stamp += 1
-        bit, masks = holdings.bit, self._masks
-        before = len(holdings.stamps)
-        holdings.stamps.update(dict.fromkeys(chain, self._stamp))
-        self._total += len(holdings.stamps) - before
-        for digest in chain:
-            mask = masks.get(digest, 0)
-            if not mask & bit:
-                masks[digest] = mask | bit
+        bit, masks, stamps = holdings.bit, self._masks, holdings.stamps
+        if chain[-1] not in stamps:
+            held = _held(stamps, chain)
+            fresh = chain[held:] if held else chain
+            if fresh[0] in masks:
+                for digest in fresh:
+                    masks[digest] = masks.get(digest, 0) | bit
+            else:
+                # Whoever held a later block would hold this one.
+                masks.update(dict.fromkeys(fresh, bit))
+        before = len(stamps)
+        stamps.update(dict.fromkeys(chain, self._stamp))
+        self._total += len(stamps) - before
         holdings.log.append((self._stamp, array("Q", chain)))
         holdings.logged += len(chain)
         self._evict(holdings, max(1, capacity_blocks))
@@ -132,6 +161,7 @@ class PrefixIndex:
         for identity in [each for each in self._holdings if each not in kept]:
             self._evict(self._holdings[identity], 0)
             del self._holdings[identity]
+            self.generation += 1
 
     def _free_bit(self) -> int:
         taken = 0
@@ -140,28 +170,68 @@ class PrefixIndex:
         return ~taken & (taken + 1)
 
     def _evict(self, holdings: _Holdings, capacity_blocks: int) -> None:
-        stamps, masks, bit, log = holdings.stamps, self._masks, holdings.bit, holdings.log
-        excess = len(stamps) - capacity_blocks
-        if excess <= 0:
+        excess = len(holdings.stamps) - capacity_blocks
+        while excess > 0 and holdings.log:
+            stamp, chain = holdings.log[0]
+            # Blocks that were used again later are a leading part of the chain; the rest goes, tail first.
+            used = _used_later(holdings.stamps, chain, stamp)
+            kept = max(used, len(chain) - excess)
+            self._forget(holdings, chain[kept:])
+            excess -= len(chain) - kept
+            if kept == used:
+                holdings.log.popleft()
+                holdings.logged -= len(chain)
+            else:
+                holdings.logged -= len(chain) - kept
+                del chain[kept:]
+
+    def _forget(self, holdings: _Holdings, tail: "array[int]") -> None:
+        if not tail:
             return
-        left = excess
-        while left > 0 and log:
-            stamp, chain = log[0]
-            while chain and left > 0:
-                digest = chain.pop()
-                holdings.logged -= 1
-                if stamps.get(digest) != stamp:
-                    continue
-                del stamps[digest]
-                left -= 1
+        masks, bit = self._masks, holdings.bit
+        _run(map(holdings.stamps.__delitem__, tail))
+        if masks[tail[0]] == bit:
+            # Nobody else holds its first block, so nobody else holds any of it.
+            _run(map(masks.__delitem__, tail))
+        else:
+            for digest in tail:
                 mask = masks[digest] & ~bit
                 if mask:
                     masks[digest] = mask
                 else:
                     del masks[digest]
-            if not chain:
-                log.popleft()
-        self._total -= excess - left
+        self._total -= len(tail)
+
+
+def _run(calls: Iterator[None]) -> None:
+    """Makes calls for what they do, without a line of Python for each."""
+    deque(calls, maxlen=0)
+
+
+def _used_later(stamps: Mapping[int, int], chain: Sequence[int], stamp: int) -> int:
+    """Returns how many leading blocks of a chain have a later stamp."""
+    low, high = 0, len(chain)
+    while low < high:
+        middle = (low + high) >> 1
+        if stamps[chain[middle]] == stamp:
+            high = middle
+        else:
+            low = middle + 1
+    return low
+
+
+def _held(stamps: Mapping[int, int], chain: Sequence[int]) -> int:
+    """Returns how many leading blocks of a chain are held; the last one is not."""
+    if chain[0] not in stamps:
+        return 0
+    low, high = 0, len(chain) - 1
+    while high - low > 1:
+        middle = (low + high) >> 1
+        if chain[middle] in stamps:
+            low = middle
+        else:
+            high = middle
+    return high
 
 
 def _sweep(holdings: _Holdings) -> None:

@@ -5,12 +5,13 @@ choice, and when one comes or goes only its own share moves. Pure.
 """
 
 from collections.abc import Sequence
+from itertools import repeat
 
 from xxhash import xxh64_intdigest
 
 # Leading blocks that make the key of a prompt: enough to tell conversations with a common system prompt
-# apart, few enough that later turns of one conversation have the same key. 16 blocks are 256 tokens.
-KEY_BLOCKS_MAX = 16
+# apart, few enough that later turns of one conversation have the same key: 256 tokens on most engines.
+KEY_BLOCKS_MAX = 4
 
 _SCALE = float(1 << 64)
 
@@ -44,4 +45,11 @@ def preference(chain: Sequence[int], names: Sequence[str]) -> Sequence[int]:
     key = prefix_key(chain)
     if key is None:
         return ()
-    return sorted(range(len(names)), key=lambda at: rank(key, names[at]), reverse=True)
+    return sorted(
+        range(len(names)), key=digests(key, [each.encode() for each in names]).__getitem__, reverse=True
+    )
+
+
+def digests(key: int, names: Sequence[bytes]) -> list[int]:
+    """Returns what the rendezvous order of a key sorts names by, the greatest first."""
+    return list(map(xxh64_intdigest, names, repeat(key)))

@@ -56,6 +56,8 @@ class EndpointHealth:
 
     def is_ejected(self, endpoint: Endpoint) -> bool:
         """Tells whether an endpoint is left alone for now."""
+        if not self._marks:
+            return False
         mark = self._mark(endpoint)
         return mark is not None and (mark.probing or self._clock.monotonic() < mark.ejected_until_seconds)
 

@@ -1,10 +1,10 @@
 """How many requests this process has at each endpoint: counted before the await, released once.
 
-`hold` is the one choke point (law 2). In comes a replica id, out come its present count and the peak
-since someone asked last. A replica without requests takes no room.
+`begin` and `end`, which `hold` puts around a block, are the one choke point (law 2). In comes a replica id,
+out come its present count and the peak since someone asked last. A replica without requests takes no room.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 
@@ -19,6 +19,11 @@ class LoadTable:
         self.total = 0
         self._now: dict[str, int] = {}
         self._peak: dict[str, int] = {}
+
+    @property
+    def counts(self) -> Mapping[str, int]:
+        """Requests by replica, as they are at any moment; a replica without any is not in it."""
+        return self._now
 
     def in_flight(self, replica: str) -> int:
         """Returns the requests at a replica now."""
@@ -40,16 +45,25 @@ class LoadTable:
     @contextmanager
     def hold(self, replica: str) -> Iterator[None]:
         """Counts one request at a replica for as long as the block runs."""
-        present = self._now.get(replica, 0) + 1
-        self._now[replica] = present
-        self._peak[replica] = max(self._peak.get(replica, 0), present)
-        self.total += 1
+        self.begin(replica)
         try:
             yield
         finally:
-            self.total -= 1
-            left = self._now[replica] - 1
-            if left:
-                self._now[replica] = left
-            else:
-                del self._now[replica]
+            self.end(replica)
+
+    def begin(self, replica: str) -> None:
+        """Counts one request; the caller ends it exactly once, whatever happens."""
+        present = self._now.get(replica, 0) + 1
+        self._now[replica] = present
+        if present > self._peak.get(replica, 0):
+            self._peak[replica] = present
+        self.total += 1
+
+    def end(self, replica: str) -> None:
+        """Releases one request."""
+        self.total -= 1
+        left = self._now[replica] - 1
+        if left:
+            self._now[replica] = left
+        else:
+            del self._now[replica]

@@ -31,11 +31,10 @@ class Sample:
             part of the engine's count that is ours.
         kv_cache_tokens: Size of the key/value cache, tokens.
         kv_block_tokens: Tokens of one block of it.
-        device_utilization_ratio: Share of time that its devices are in use, 0 to 1. The store does not
-            bring device samples to routers yet, so this is unknown.
-        adapters: LoRA adapters that are loaded; unknown until engines' samples tell them.
+        device_utilization_ratio: Share of time that its devices are in use, 0 to 1, as their mean.
+        adapters: LoRA adapters in the running batch; unknown for engines without.
         adapters_waiting: LoRA adapters that requests in the engine's queue wait for.
-        adapters_max: How many may be loaded at once.
+        adapters_max: How many one batch can hold.
     """
 
     incarnation: str
@@ -61,9 +60,14 @@ class Sample:
 
 
 class SampleTable:
-    """Latest sample by replica; bounded by `retain`, which forgets replicas that left the store."""
+    """Latest sample by replica; bounded by `retain`, which forgets replicas that left the store.
+
+    Attributes:
+        version: Grows with every change, so that readers know when what they made of samples is old.
+    """
 
     def __init__(self, clock: Clock) -> None:
+        self.version = 0
         self._clock = clock
         self._samples: dict[str, Sample] = {}
 
@@ -72,9 +76,11 @@ class SampleTable:
 
     def record(self, stats: stats_pb2.EngineStats, *, own_in_flight: int) -> None:
         """Keeps a sample. Its age counts from when it was taken, as far as the clocks agree."""
+        self.version += 1
         taken = from_timestamp(stats.sample_time)
         # A node whose clock runs ahead must not make samples younger than now.
         age = 0.0 if taken is None else max(0.0, (self._clock.now() - taken).total_seconds())
+        adapters = stats.HasField("adapters")
         self._samples[stats.replica] = Sample(
             incarnation=stats.incarnation,
             taken_seconds=self._clock.monotonic() - age,
@@ -85,6 +91,12 @@ class SampleTable:
             # A size of nothing is a size that was not told.
             kv_cache_tokens=stats.kv_cache_tokens or None,
             kv_block_tokens=stats.kv_block_tokens or None,
+            device_utilization_ratio=(
+                stats.device_utilization_ratio if stats.HasField("device_utilization_ratio") else None
+            ),
+            adapters=frozenset(stats.adapters.running) if adapters else None,
+            adapters_waiting=frozenset(stats.adapters.waiting) if adapters else None,
+            adapters_max=(stats.adapters.running_max or None) if adapters else None,
         )
 
     def fresh(self, replica: str, incarnation: str) -> Sample | None:
@@ -92,7 +104,11 @@ class SampleTable:
         sample = self._samples.get(replica)
         if sample is None or sample.incarnation != incarnation:
             return None
-        return None if self._clock.monotonic() - sample.taken_seconds > STALE_SECONDS else sample
+        return None if self.any_stale(sample.taken_seconds) else sample
+
+    def any_stale(self, taken_seconds: float) -> bool:
+        """Tells whether samples of which the oldest was taken then are stale."""
+        return self._clock.monotonic() - taken_seconds > STALE_SECONDS
 
     def latest(self, replica: str, incarnation: str) -> Sample | None:
         """Returns the sample of an engine run whatever its age: for what never changes, such as sizes."""
@@ -107,5 +123,6 @@ class SampleTable:
     def retain(self, replicas: Iterable[str]) -> None:
         """Forgets all other replicas."""
         kept = set(replicas)
+        self.version += 1
         for replica in [each for each in self._samples if each not in kept]:
             del self._samples[replica]

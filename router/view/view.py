@@ -42,6 +42,7 @@ class Endpoint:
         incarnation: Identity of this run of the engine.
         weight: Share of traffic relative to the other endpoints of the deployment, at least 1.
         node: Where it runs.
+        agent_target: host:port of the node agent that offers its KV events; empty for none.
     """
 
     namespace: str
@@ -54,6 +55,7 @@ class Endpoint:
     incarnation: str
     weight: int
     node: str
+    agent_target: str = ""
 
     @property
     def identity(self) -> tuple[str, str]:
@@ -178,6 +180,7 @@ def endpoint_of(record: endpoint_pb2.Endpoint) -> Endpoint:
         # An unset weight is not a weight of nothing.
         weight=max(1, record.weight),
         node=record.node,
+        agent_target=record.agent_target,
     )
 
 

@@ -21,15 +21,21 @@ from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
 
+from millrace.agent.v1 import node_agent_service_pb2 as messages
 from millrace.core.v1 import stats_pb2
 
+from core.block_hash import event_hash
 from core.clock import to_timestamp
 from nodeagent.engines.simulator.engine_model import EngineModel, SequenceRequest, Step
 from nodeagent.engines.simulator.engine_model import Sequence as EngineSequence
+from nodeagent.engines.simulator.kv_journal import BlockRemoved, BlocksStored, KvEvent
 from nodeagent.engines.simulator.settings import EngineLimits, StepTiming
 from router.picking.contract import RequestContext
 from router.picking.registry import build_strategy, installed_plugins
 from router.picking.selector import Flight, Selector
+from router.prefix.exact.copy import CacheCopy
+from router.prefix.exact.index import ExactIndex
+from router.prefix.exact.tokens import hashed
 from router.upstream.loads import LoadTable
 from router.view.samples import SampleTable
 from router.view.view import Endpoint, EndpointState
@@ -41,6 +47,8 @@ BLOCK_TOKENS = 16
 TRACE_BLOCK_TOKENS = 64
 TRACE_SCALE = 512 // TRACE_BLOCK_TOKENS
 SAMPLE_SECONDS = 1.0
+# From an engine's step to a router's copy of its cache.
+EVENT_SECONDS = 0.02
 MODEL_LENGTH_TOKENS = 32_768
 
 
@@ -238,10 +246,33 @@ class _Router:
     samples: SampleTable
 
 
+def _empty_copy(incarnation: str) -> CacheCopy:
+    copy = CacheCopy()
+    part = messages.KvSnapshotPart()
+    end = messages.KvSnapshotEnd(
+        incarnation=incarnation,
+        block_tokens=BLOCK_TOKENS,
+        hash_scheme=messages.KV_HASH_SCHEME_SHA256_PICKLE,
+        complete=True,
+    )
+    copy.apply(messages.StreamKvEventsResponse(epoch="e", snapshot_part=part), 0.0)
+    copy.apply(messages.StreamKvEventsResponse(epoch="e", snapshot_end=end), 0.0)
+    return copy
+
+
 class Simulation:
     """Routers and engines in virtual time."""
 
-    def __init__(self, *, strategy: str, engines: int, blocks: int, routers: int, timing: StepTiming) -> None:
+    def __init__(
+        self,
+        *,
+        strategy: str,
+        engines: int,
+        blocks: int,
+        routers: int,
+        timing: StepTiming,
+        exact: bool = False,
+    ) -> None:
         self._clock = VirtualClock()
         self._order = itertools.count()
         self._events: list[tuple[float, int, Callable[[], None]]] = []
@@ -253,6 +284,7 @@ class Simulation:
                         max_model_length_tokens=min(MODEL_LENGTH_TOKENS, (blocks - 1) * BLOCK_TOKENS),
                         block_size_tokens=BLOCK_TOKENS,
                         block_count=blocks,
+                        kv_events=exact,
                     ),
                     timing,
                 ),
@@ -269,7 +301,15 @@ class Simulation:
         for _ in range(routers):
             loads, samples = LoadTable(), SampleTable(self._clock)
             built = build_strategy(strategy, {**installed_plugins(), **POLICIES})
-            selector = Selector(built, loads=loads, samples=samples)
+            selector = Selector(
+                built,
+                loads=loads,
+                samples=samples,
+                exact=ExactIndex(token="", tls=None, clock=self._clock) if exact else None,
+            )
+            if selector.exact is not None:
+                for each in self._endpoints:
+                    selector.exact.follower._copies[each.replica] = _empty_copy(each.incarnation)
             self._routers.append(_Router(selector, loads, samples))
         self._result = Result(strategy, tokens_at=[0] * engines)
         self._left = 0
@@ -326,13 +366,15 @@ class Simulation:
             body=b"",
             prompt=router.selector.read_prompt(document, self._endpoints, namespace="a", deployment="d"),
         )
+        tokens = [
+            block * TRACE_BLOCK_TOKENS + at for block in load.block_ids for at in range(TRACE_BLOCK_TOKENS)
+        ]
+        if router.selector.exact is not None:
+            context.exact = hashed(tokens[: load.prompt_tokens], (BLOCK_TOKENS,), None)
         chosen = router.selector.choose(context, self._endpoints)
         assert chosen is not None
         flight = router.selector.send(context, chosen)
         engine = self._by_replica[chosen.endpoint.replica]
-        tokens = [
-            block * TRACE_BLOCK_TOKENS + at for block in load.block_ids for at in range(TRACE_BLOCK_TOKENS)
-        ]
         sequence = engine.model.submit(
             SequenceRequest(
                 tokens[: load.prompt_tokens],
@@ -346,6 +388,22 @@ class Simulation:
         if not engine.busy:
             self._step(engine)
 
+    def _tell(self, engine: _Engine, events: Sequence[KvEvent]) -> None:
+        """Brings an engine's KV events to every router."""
+        for router in self._routers:
+            assert router.selector.exact is not None
+            copy = router.selector.exact.follower.copies[engine.endpoint.replica]
+            for event in events:
+                stored = event.digests if isinstance(event, BlocksStored) else ()
+                removed = (event.digest,) if isinstance(event, BlockRemoved) else ()
+                change = messages.KvChange(
+                    removed_block_hashes=map(event_hash, removed), stored_block_hashes=map(event_hash, stored)
+                )
+                message = messages.StreamKvEventsResponse(
+                    epoch=copy.epoch, sequence=copy.sequence + 1, change=change
+                )
+                copy.apply(message, self._clock.seconds)
+
     def _step(self, engine: _Engine) -> None:
         step = engine.model.begin_step(self._clock.seconds)
         engine.busy = step is not None
@@ -354,6 +412,9 @@ class Simulation:
 
     def _finish(self, engine: _Engine, step: Step) -> None:
         outcome = engine.model.finish_step(step, self._clock.seconds)
+        events = engine.model.journal.take()
+        if events:
+            self._at(self._clock.seconds + EVENT_SECONDS, partial(self._tell, engine, events))
         for emission in outcome.emissions:
             if emission.is_first:
                 load, flight = engine.running[emission.sequence]
@@ -406,6 +467,7 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=8000, help="KV blocks of 16 tokens of each engine")
     parser.add_argument("--prefill-rate", type=float, default=11_000.0, help="tokens per second of an engine")
     parser.add_argument("--routers", type=int, default=1)
+    parser.add_argument("--exact", action="store_true", help="routers know engines' caches from KV events")
     parser.add_argument("--strategies", nargs="+", default=STRATEGIES, help="as the router takes them")
     options = parser.parse_args()
     if options.trace is None:
@@ -426,6 +488,7 @@ def main() -> None:
             engines=options.engines,
             blocks=options.blocks,
             routers=options.routers,
+            exact=options.exact,
             timing=StepTiming(prefill_tokens_per_second=options.prefill_rate),
         )
         print(row(simulation.run(loads), ideal), flush=True)

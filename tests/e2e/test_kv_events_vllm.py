@@ -14,13 +14,18 @@ import pytest
 from google.protobuf.struct_pb2 import Struct
 from millrace.core.v1 import node_pb2, replica_pb2, types_pb2
 
+from core.block_hash import block_hash, event_hash
+from core.clock import SystemClock
 from core.tasks import cancel_and_wait
 from deploy.local.engine_environment import default_engines_directory, environment_name
 from nodeagent.engines.base import ClaimedDevice
 from nodeagent.engines.vllm import VllmAdapter
-from nodeagent.kv_events.block_hash import block_hash, event_hash
 from nodeagent.kv_events.mirror import CacheMirror, HashScheme
 from nodeagent.kv_events.reader import EventReader, read_sources
+from nodeagent.kv_events.stream import follow
+from router.prefix.exact.copy import CacheCopy
+from router.prefix.exact.tokens import PromptTokenizer
+from router.view.view import Endpoint, EndpointState
 from tests.support.ports import free_ports
 from tests.support.stack import REPOSITORY
 from tests.support.waiting import eventually
@@ -181,3 +186,60 @@ async def test_a_salt_sets_blocks_apart_as_the_hash_says(vllm: str) -> None:
         assert chain(prompt)[0] not in mirror.present()
     finally:
         await cancel_and_wait(reading)
+
+
+async def told(mirror: CacheMirror) -> CacheCopy:
+    """What a router knows of a mirror."""
+    copy = CacheCopy()
+    async for message in follow(mirror, "", 0, progress_seconds=0.0):
+        if message.WhichOneof("kind") == "progress":
+            break
+        copy.apply(message, 0.0)
+    return copy
+
+
+async def test_a_router_foretells_cached_tokens_of_chats_and_texts(vllm: str) -> None:
+    await eventually(lambda: answers(vllm), timeout_seconds=300, interval_seconds=0.5)
+    async with aiohttp.ClientSession() as client, client.get(f"{vllm}/kv_event_sources") as response:
+        (source,) = read_sources(await response.json(), vllm).values()
+    assert await post(vllm, "/reset_prefix_cache") == {"success": True}
+    mirror = CacheMirror("run")
+    reading = asyncio.create_task(EventReader(source, mirror).run(), name="reading vLLM")
+    tokenizer = PromptTokenizer(SystemClock(), wait_seconds=30.0)
+    endpoint = Endpoint("a", "d", "r", vllm, "tiny", "m", EndpointState.READY, "run", 1, "n")
+
+    async def foretold(route: str, body: dict[str, Any]) -> tuple[int, int]:
+        read = await tokenizer.read(body, route, [endpoint], block_tokens={BLOCK_TOKENS})
+        assert read is not None
+        copy = await told(mirror)
+        present = copy.leading_blocks(read.chains[BLOCK_TOKENS]) * BLOCK_TOKENS
+        return read.tokens, min(present, read.hit_tokens_max(BLOCK_TOKENS))
+
+    try:
+        hits = []
+        system = {"role": "system", "content": "You are a patient teacher of mathematics. " * 4}
+        chats: list[list[dict[str, str]]] = [[system, {"role": "user", "content": "What is a ring? " * 4}]]
+        chats.append([*chats[0], {"role": "assistant", "content": "A set."}, chats[0][1]])
+        chats.append([system, {"role": "user", "content": "What is a field?"}])
+        bodies: list[tuple[str, dict[str, Any]]] = [
+            *(("/v1/chat/completions", {"messages": each}) for each in chats),
+            ("/v1/chat/completions", {"messages": chats[2], "cache_salt": "tenant"}),
+            ("/v1/chat/completions", {"messages": chats[2], "cache_salt": "tenant"}),
+            ("/v1/completions", {"prompt": "Once upon a time there was a mill. " * 8}),
+            ("/v1/completions", {"prompt": "Once upon a time there was a mill. " * 10}),
+            ("/v1/completions", {"prompt": list(range(30, 30 + 2 * BLOCK_TOKENS))}),
+            ("/v1/completions", {"prompt": list(range(30, 30 + 2 * BLOCK_TOKENS))}),
+        ]
+        for route, body in bodies:
+            expected = await foretold(route, body)
+            before = mirror.sequence, mirror.epoch
+            answer = await post(vllm, route, {"model": "tiny", "max_tokens": 1, "temperature": 0, **body})
+            usage = answer["usage"]
+            assert expected == (usage["prompt_tokens"], usage["prompt_tokens_details"]["cached_tokens"]), body
+            hits.append(expected[1])
+            if usage["prompt_tokens"] // BLOCK_TOKENS * BLOCK_TOKENS > expected[1] + BLOCK_TOKENS:
+                await eventually(lambda before=before: (mirror.sequence, mirror.epoch) != before)
+        assert sum(hit > 0 for hit in hits) >= 5
+    finally:
+        await cancel_and_wait(reading)
+        await tokenizer.close()

@@ -16,12 +16,12 @@ import pytest_asyncio
 from millrace.agent.v1 import node_agent_service_pb2 as messages
 from millrace.agent.v1 import node_agent_service_pb2_grpc
 
+from core.block_hash import block_hash, event_hash
 from core.rpc import call_metadata, open_channel
 from core.tasks import cancel_and_wait
 from nodeagent.engines.simulator.engine_model import EngineModel, SequenceRequest
 from nodeagent.engines.simulator.kv_publisher import KvEventPublisher
 from nodeagent.engines.simulator.settings import EngineLimits, KvEventSettings, StepTiming
-from nodeagent.kv_events.block_hash import block_hash, event_hash
 from nodeagent.kv_events.mirror import CacheMirror, HashScheme
 from nodeagent.kv_events.reader import EventReader, EventSource
 from tests.integration.test_nodeagent import World

@@ -14,6 +14,7 @@ from millrace.state.v1 import records_pb2
 
 from core.clock import SystemClock, to_timestamp
 from core.identity import generate_api_key, hash_secret
+from core.settings import read_token
 from core.store import Delete, Put, keys
 from core.store.memory import MemoryStore
 from core.tasks import cancel_and_wait
@@ -165,6 +166,7 @@ async def cluster(
         strategy=build_strategy(strategy),
         clock=SystemClock(),
         admin_token="admin-token",
+        agent_token=read_token(settings.agent_token_file) if settings.agent_token_file else "",
     )
     if ordinary:
         runner: web.BaseRunner = web.AppRunner(

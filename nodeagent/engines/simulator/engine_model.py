@@ -14,10 +14,10 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from core.block_hash import ExtraKeys, block_hash, extra_keys
 from nodeagent.engines.simulator.block_pool import Block, BlockPool
 from nodeagent.engines.simulator.kv_journal import BlockRemoved, BlocksStored, CacheCleared, KvJournal
 from nodeagent.engines.simulator.settings import EngineLimits, LoraAdapter, StepTiming
-from nodeagent.kv_events.block_hash import ExtraKeys, block_hash, extra_keys
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ Must not: know sockets or encodings, or grow without an engine that steps (evict
 
 from dataclasses import dataclass
 
-from nodeagent.kv_events.block_hash import ExtraKeys
+from core.block_hash import ExtraKeys
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,9 +14,9 @@ from typing import Any
 import msgspec
 import zmq
 
+from core.block_hash import ExtraKeys, event_hash
 from nodeagent.engines.simulator.kv_journal import BlockRemoved, BlocksStored, KvEvent
 from nodeagent.engines.simulator.settings import KvEventSettings
-from nodeagent.kv_events.block_hash import ExtraKeys, event_hash
 
 _END = (-1).to_bytes(8, "big", signed=True)
 _MEDIUM = "GPU"

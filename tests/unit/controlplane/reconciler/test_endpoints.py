@@ -58,9 +58,30 @@ def test_what_routers_should_see(
         {"qwen-a": order},
         {} if seen is None else {"qwen-a": seen},
         {} if present is None else {"qwen-a": present},
+        {},
     )
     assert {each.state for each in found.values()} == ({expected} if expected is not None else set())
 
 
 def test_an_endpoint_without_an_assignment_goes() -> None:
-    assert endpoints({}, {"qwen-a": observation(READY)}, {"qwen-a": published()}) == {}
+    assert endpoints({}, {"qwen-a": observation(READY)}, {"qwen-a": published()}, {}) == {}
+
+
+@pytest.mark.parametrize(
+    ("targets", "engine", "expected"),
+    [
+        ({"node-1": "host:7610"}, types_pb2.ENGINE_VLLM, "host:7610"),
+        ({"node-2": "other:7610"}, types_pb2.ENGINE_VLLM, ""),
+        ({"node-1": "host:7610"}, types_pb2.ENGINE_EXTERNAL, ""),
+    ],
+)
+def test_routers_are_told_where_the_agent_is(
+    targets: dict[str, str], engine: types_pb2.Engine.ValueType, expected: str
+) -> None:
+    order = assignment()
+    order.launch.engine = engine
+    found = endpoints({"qwen-a": order}, {"qwen-a": observation(READY)}, {}, targets)
+    assert found["qwen-a"].agent_target == expected
+    # A node that says nothing for a while takes nothing away.
+    kept = endpoints({"qwen-a": order}, {}, found, {})
+    assert kept["qwen-a"].agent_target == expected

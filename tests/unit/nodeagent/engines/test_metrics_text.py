@@ -57,3 +57,14 @@ def test_labels_with_quotes_and_braces() -> None:
     page = 'vllm:num_requests_running{model_name="a \\"b\\" {c}, d"} 4\n'
     assert parse_stats(page, VLLM_NAMES).running_requests == 4
     assert parse_labels('a="x\\"y",b="1"') == {"a": 'x"y', "b": "1"}
+
+
+def test_the_latest_label_set_tells_the_adapters() -> None:
+    page = """\
+vllm:lora_requests_info{max_lora="2",running_lora_adapters="a,b",waiting_lora_adapters="c"} 1.795203351e+09
+vllm:lora_requests_info{max_lora="2",running_lora_adapters="b",waiting_lora_adapters=""} 1.795203359e+09
+vllm:lora_requests_info{max_lora="2",running_lora_adapters="",waiting_lora_adapters="a"} 1.795203340e+09
+"""
+    adapters = parse_stats(page, VLLM_NAMES).adapters
+    assert (list(adapters.running), list(adapters.waiting), adapters.running_max) == (["b"], [], 2)
+    assert not parse_stats(PAGE, VLLM_NAMES).HasField("adapters")

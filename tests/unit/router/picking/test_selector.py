@@ -11,7 +11,7 @@ from millrace.core.v1 import stats_pb2
 from core.clock import to_timestamp
 from router.picking.contract import RequestContext
 from router.picking.eligibility import eligible
-from router.picking.prefill_ledger import PrefillLedger
+from router.picking.prefill_ledger import Entry, PrefillLedger
 from router.picking.registry import build_strategy
 from router.picking.selector import Flight, Selector
 from router.upstream.loads import LoadTable
@@ -90,23 +90,69 @@ def test_blocks_and_capacity_are_the_engines_own() -> None:
             replica=each.replica,
             incarnation=each.incarnation,
             sample_time=to_timestamp(clock.now()),
-            kv_cache_tokens=32 * 5,
-            kv_block_tokens=32,
+            kv_cache_tokens=96 * 3,
+            kv_block_tokens=48,
         )
         samples.record(stats, own_in_flight=0)
     context = _request(selector)
-    assert context.prompt.block_tokens == 32
-    assert len(context.prompt.chain) == len(PROMPT) // 128
+    # Whole blocks of the engine.
+    assert context.prompt.block_tokens == 96
+    assert len(context.prompt.chain) == len(PROMPT) // (4 * 96)
     chosen = selector.choose(context, ENDPOINTS)
     assert chosen is not None
     selector.send(context, chosen).close()
-    assert selector.index.blocks_at(chosen.endpoint.identity) == 5
+    assert selector.index.blocks_at(chosen.endpoint.identity) == 3
+
+
+def test_weights_say_how_endpoints_compare_and_not_how_much_load_counts() -> None:
+    """What is published has 100 each; it must be chosen from as 1 each is."""
+
+    def spread(weight: int) -> list[str]:
+        selector, sent = _selector(), []
+        endpoints = [endpoint(f"r{n}", weight=weight) for n in range(4)]
+        for number in range(60):
+            context = _request(selector, PROMPT + f"{number:04d}")
+            chosen = selector.choose(context, endpoints)
+            assert chosen is not None
+            selector.send(context, chosen)
+            sent.append(chosen.endpoint.replica)
+        return sent
+
+    assert spread(100) == spread(1)
+    assert max(Counter(spread(100)).values()) <= 20
+
+
+@pytest.mark.parametrize("strategy", ["default", "prefix=3,kv=2,load=2"])
+def test_a_decision_tells_what_every_filter_and_scorer_said(strategy: str) -> None:
+    selector = _selector(strategy)
+    context = _request(selector)
+    warm = selector.choose(context, ENDPOINTS)
+    assert warm is not None
+    flights = [selector.send(context, warm) for _ in range(8)]
+    again = selector.choose(context, ENDPOINTS)
+    decision = selector.decision
+    assert again is not None
+    assert decision is not None
+    for each in flights:
+        # What comes later changes nothing of it.
+        each.close()
+    verdicts = decision.explain(selector.strategy)
+    assert [each.candidate.endpoint for each in verdicts] == ENDPOINTS
+    assert [each.candidate for each in verdicts if each.chosen] == [again]
+    by_replica = {each.candidate.endpoint.replica: each for each in verdicts}
+    hot = by_replica.pop(warm.endpoint.replica)
+    assert hot.candidate.cached_tokens == 448
+    assert (hot.candidate.in_flight, hot.candidate.alike_in_flight) == (8, 8)
+    assert (hot.dropped_by, hot.scores) == ("HotSpotGuard", {})
+    assert all(each.scores and each.total > 0 and not each.dropped_by for each in by_replica.values())
 
 
 def test_a_first_byte_tells_that_all_before_it_are_computed() -> None:
     ledger = PrefillLedger()
-    first, second, third = (ledger.add("a", tokens) for tokens in (10, 20, 40))
-    other = ledger.add("b", 5)
+    first, second, third = (Entry("a", tokens) for tokens in (10, 20, 40))
+    other = Entry("b", 5)
+    for each in (first, second, third, other):
+        ledger.add(each)
     ledger.computed(second)
     assert ledger.pending_tokens("a") == 40
     for each in (first, second, third, third, other):

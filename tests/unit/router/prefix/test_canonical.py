@@ -7,11 +7,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from router.prefix.canonical import canonical_prompt
+from router.prefix import canonical
+from router.prefix.chain import BLOCKS_MAX, BYTES_PER_TOKEN, GRAIN_TOKENS
 from router.prefix.prompt import read_prompt
 
 SYSTEM = {"role": "system", "content": "You are kind."}
 USER = {"role": "user", "content": "Hello"}
+MEBIBYTE = 1024 * 1024
+
+
+def canonical_prompt(document: dict[str, Any]) -> bytes:
+    text, length_bytes = canonical.canonical_prompt(document, bytes_max=MEBIBYTE)
+    assert len(text) == length_bytes
+    return text
 
 
 @pytest.mark.parametrize(
@@ -76,3 +84,34 @@ def test_deep_nesting_is_no_prompt() -> None:
     deep = orjson.loads("[" * 900 + "]" * 900)
     for document in ({"messages": [deep]}, {"prompt": deep}, {"tools": deep, "messages": [USER]}):
         canonical_prompt(document)
+
+
+@settings(deadline=None)
+@given(st.text(max_size=300), st.integers(1, 300))
+def test_of_a_long_prompt_only_the_beginning_is_made(text: str, bytes_max: int) -> None:
+    for document in ({"prompt": text}, {"messages": [SYSTEM, {"role": "user", "content": text}]}):
+        whole = canonical_prompt(document)
+        beginning, length_bytes = canonical.canonical_prompt(document, bytes_max=bytes_max)
+        assert whole.startswith(beginning)
+        assert min(len(whole), bytes_max) <= len(beginning) <= max(4 * bytes_max, len(whole))
+        assert len(beginning) <= length_bytes <= 4 * len(whole)
+    tokens = list(range(len(text)))
+    beginning, length_bytes = canonical.canonical_prompt({"prompt": tokens}, bytes_max=bytes_max)
+    assert canonical_prompt({"prompt": tokens}).startswith(beginning)
+    assert length_bytes == 4 * len(tokens)
+
+
+def test_a_long_prompt_counts_whole_and_hashes_its_beginning() -> None:
+    characters = 3 * BLOCKS_MAX * GRAIN_TOKENS * BYTES_PER_TOKEN
+    prompt = read_prompt({"prompt": "x" * characters}, namespace="a", deployment="d")
+    assert prompt.tokens == characters // BYTES_PER_TOKEN
+    assert len(prompt.chain) == BLOCKS_MAX
+
+
+def test_an_image_counts_by_what_it_is_and_not_by_its_length() -> None:
+    def of(data: str) -> bytes:
+        image = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + data}}
+        return canonical_prompt({"messages": [{"role": "user", "content": [image]}]})
+
+    assert of("A" * MEBIBYTE) != of("A" * (MEBIBYTE - 1) + "B")
+    assert len(of("A" * MEBIBYTE)) < 200

@@ -4,8 +4,9 @@ from collections import Counter
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from xxhash import xxh64_intdigest
 
-from router.prefix.chain import BLOCKS_MAX, hash_chain, root_hash
+from router.prefix.chain import BLOCKS_MAX, hash_chain, root_hash, routing_block_tokens
 from router.prefix.rendezvous import KEY_BLOCKS_MAX, preference, prefix_key, rank
 
 ROOT = root_hash("team", "chat")
@@ -51,12 +52,27 @@ def test_the_chain_is_bounded() -> None:
     assert len(hash_chain(ROOT, b"x" * (BLOCKS_MAX + 100), 1)) == BLOCKS_MAX
 
 
+@settings(deadline=None)
+@given(st.binary(max_size=3000), st.sampled_from([1, 7, 64]))
+def test_every_hash_is_the_seed_of_the_next(prompt: bytes, block: int) -> None:
+    expected = []
+    parent = ROOT
+    for at in range(0, min(len(prompt) // block, BLOCKS_MAX) * block, block):
+        parent = xxh64_intdigest(prompt[at : at + block], parent)
+        expected.append(parent)
+    assert hash_chain(ROOT, prompt, block) == expected
+
+
+def test_routing_counts_in_whole_engine_blocks() -> None:
+    assert [routing_block_tokens(each) for each in (1, 16, 32, 48, 64, 128)] == [64, 64, 64, 96, 64, 128]
+
+
 def test_the_key_of_a_prompt_stays_as_it_grows() -> None:
     chain = list(range(100, 200))
     assert prefix_key(()) is None
     assert prefix_key(chain[:1]) == chain[0]
-    assert prefix_key(chain[:9]) == chain[7]
-    assert {prefix_key(chain[:length]) for length in range(KEY_BLOCKS_MAX, 100)} == {chain[15]}
+    assert prefix_key(chain[:3]) == chain[1]
+    assert {prefix_key(chain[:length]) for length in range(KEY_BLOCKS_MAX, 100)} == {chain[3]}
 
 
 def test_rendezvous_spreads_evenly_and_moves_only_what_it_must() -> None:

@@ -68,3 +68,23 @@ def test_replicas_that_left_are_forgotten() -> None:
     table.record(_stats(clock), own_in_flight=0)
     table.retain(["other"])
     assert len(table) == 0
+
+
+def test_utilization_and_adapters_are_read_where_they_are_told() -> None:
+    clock = ManualClock()
+    table = SampleTable(clock)
+    table.record(_stats(clock), own_in_flight=0)
+    sample = table.fresh("r", "i")
+    assert sample is not None
+    assert (sample.device_utilization_ratio, sample.adapters, sample.adapters_max) == (None, None, None)
+    stats = _stats(clock)
+    stats.device_utilization_ratio = 0.0
+    stats.adapters.running.append("a")
+    stats.adapters.waiting.append("b")
+    stats.adapters.running_max = 4
+    table.record(stats, own_in_flight=0)
+    sample = table.fresh("r", "i")
+    assert sample is not None
+    assert sample.device_utilization_ratio == 0.0
+    assert (sample.adapters, sample.adapters_waiting) == (frozenset({"a"}), frozenset({"b"}))
+    assert sample.adapters_max == 4

@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from core.block_hash import ROOT_HASH
 from nodeagent.engines.simulator.engine_model import (
     EngineModel,
     Sequence,
@@ -12,7 +13,6 @@ from nodeagent.engines.simulator.engine_model import (
     StepOutcome,
 )
 from nodeagent.engines.simulator.settings import EngineLimits, StepTiming
-from nodeagent.kv_events.block_hash import ROOT_HASH
 
 
 def request(prompt: list[int], output_tokens: int = 1, cache_salt: str | None = None) -> SequenceRequest:

@@ -12,11 +12,11 @@ import zmq.asyncio
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from core.block_hash import block_hash, event_hash
 from nodeagent.engines.simulator.engine_model import EngineModel, SequenceRequest
 from nodeagent.engines.simulator.kv_journal import BlockRemoved, BlocksStored, CacheCleared, KvEvent
 from nodeagent.engines.simulator.kv_publisher import binds, offset_endpoint, wire_event
 from nodeagent.engines.simulator.settings import EngineLimits, StepTiming
-from nodeagent.kv_events.block_hash import block_hash, event_hash
 from tests.unit.nodeagent.engines.simulator.conftest import Serve
 
 LIMITS = EngineLimits(

@@ -2,7 +2,7 @@
 
 import pytest
 
-from nodeagent.kv_events.block_hash import ROOT_HASH, ExtraKeys, block_hash, event_hash, extra_keys
+from core.block_hash import ROOT_HASH, ExtraKeys, block_hash, event_hash, extra_keys
 
 ADAPTER = ("a", "/p")
 

@@ -1,0 +1,109 @@
+"""What picking needs of the endpoints of one choice, in columns: worked out once, used by many requests.
+
+In come endpoints that may be used and the table of samples, out come tuples and lists in the endpoints'
+order. What hangs on samples is worked out again when a sample has come or gone stale; what hangs on the
+endpoints alone never changes. It decides nothing and counts nothing.
+"""
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+
+from router.picking.full_cache_guard import KV_USAGE_MAX
+from router.picking.neutral import filled
+from router.prefix.chain import DEFAULT_BLOCK_TOKENS, GRAIN_TOKENS, routing_block_tokens
+from router.prefix.index import Identity, PrefixIndex
+from router.view.samples import Sample, SampleTable
+from router.view.view import Endpoint
+
+
+class Columns:
+    """Endpoints of one deployment, column by column.
+
+    Attributes:
+        endpoints: In their order.
+        deployment: Namespace and name; of the first endpoint, as all belong to one deployment.
+        replicas: Their ids.
+        names: The same as bytes, for rendezvous hashing.
+        identities: Replica and incarnation of each.
+        ordered: True where replicas stand in the order of their ids, as a view has them.
+        even: True where all weights are equal.
+        samples: Fresh sample of each; None is unknown.
+        others: Requests that others have there, where the engine tells.
+        filled_others: The same, unknown ones replaced by the mean.
+        others_total: Sum of the known ones.
+        roomy: Positions of those that the full-cache guard keeps; None for all of them.
+        block_tokens: Tokens of a block as routing counts; of the default unless all engines that tell agree.
+        bits: Of each in the prefix index.
+    """
+
+    __slots__ = (
+        "_generation",
+        "_oldest_seconds",
+        "_version",
+        "bits",
+        "block_tokens",
+        "deployment",
+        "endpoints",
+        "even",
+        "filled_others",
+        "identities",
+        "names",
+        "ordered",
+        "others",
+        "others_total",
+        "replicas",
+        "roomy",
+        "samples",
+    )
+
+    def __init__(self, endpoints: Sequence[Endpoint]) -> None:
+        """Takes at least one endpoint."""
+        self.endpoints = tuple(endpoints)
+        self.deployment = (self.endpoints[0].namespace, self.endpoints[0].deployment)
+        self.replicas = tuple(each.replica for each in self.endpoints)
+        self.names = tuple(each.replica.encode() for each in self.endpoints)
+        self.identities: tuple[Identity, ...] = tuple(each.identity for each in self.endpoints)
+        self.ordered = all(one < two for one, two in pairwise(self.replicas))
+        self.even = len({each.weight for each in self.endpoints}) == 1
+        self.samples: Sequence[Sample | None] = ()
+        self.others: Sequence[int | None] = ()
+        self.filled_others: Sequence[float] = ()
+        self.others_total = 0
+        self.roomy: Sequence[int] | None = None
+        self.block_tokens = GRAIN_TOKENS
+        self.bits: Sequence[int] = ()
+        self._version = -1
+        self._oldest_seconds = math.inf
+        self._generation = -1
+
+    def refresh(self, table: SampleTable) -> None:
+        """Works out again what hangs on samples, where one has come or gone stale since."""
+        if self._version == table.version and not table.any_stale(self._oldest_seconds):
+            return
+        self._version = table.version
+        self.samples = [table.fresh(replica, incarnation) for replica, incarnation in self.identities]
+        known = [each for each in self.samples if each is not None]
+        self._oldest_seconds = min((each.taken_seconds for each in known), default=math.inf)
+        self.others = [None if each is None else each.others_in_flight for each in self.samples]
+        self.filled_others = filled(self.others)
+        self.others_total = sum(each for each in self.others if each is not None)
+        roomy = [at for at, each in enumerate(self.samples) if _has_room(each)]
+        self.roomy = roomy if 0 < len(roomy) < len(self.samples) else None
+        sizes = set()
+        for replica, incarnation in self.identities:
+            sample = table.latest(replica, incarnation)
+            if sample is not None and sample.kv_block_tokens is not None:
+                sizes.add(sample.kv_block_tokens)
+        self.block_tokens = routing_block_tokens(sizes.pop() if len(sizes) == 1 else DEFAULT_BLOCK_TOKENS)
+
+    def refresh_bits(self, index: PrefixIndex) -> None:
+        """Reads the endpoints' bits again where the index has given or taken some since."""
+        if self._generation != index.generation:
+            self._generation = index.generation
+            self.bits = index.bits(self.identities)
+
+
+def _has_room(sample: Sample | None) -> bool:
+    usage = None if sample is None else sample.kv_usage_ratio
+    return usage is None or usage < KV_USAGE_MAX
