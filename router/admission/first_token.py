@@ -1,7 +1,7 @@
 """99th percentile of the time to first token over about the last minute, in bounded memory.
 
-In come durations, out comes a percentile: a ring of windows, each a count for every bucket, buckets growing by
-a quarter. The answer is the upper bound of its bucket, so it is too large by a quarter at most. Pure.
+In come durations, out comes a percentile: a ring of windows, each a count for every bucket, buckets growing
+by a quarter. The answer is the upper bound of its bucket, so it is too large by a quarter at most. Pure.
 """
 
 import math

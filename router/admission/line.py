@@ -8,14 +8,16 @@ In come waiters, out comes the one that is next. Order:
        (P. Goyal, H. Vin, H. Cheng, "Start-time fair queueing", SIGCOMM 1996): S = max(v, F of the key),
        F = S + cost, the smallest S is next, v = S of the last one that went.
 
-Every `OLDEST_EVERY`-th place goes to whoever has waited longest, whatever its class: with n waiters before it in
-the order of arrival, a waiter is next within OLDEST_EVERY * (n + 1) places, so that nobody starves.
-A pure data structure: no clock, no I/O; it wakes nobody. Bounded by the number of waiters.
+Every `OLDEST_EVERY`-th place goes to whoever has waited longest, whatever its class: with n waiters before it
+in the order of arrival, a waiter is next within OLDEST_EVERY * (n + 1) places, so that nobody starves. A pure
+data structure: no clock, no I/O; it wakes nobody. Bounded by the number of waiters.
 """
 
 import heapq
 from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Generic, TypeVar
 
 # A quarter is enough to move the ordinary tier under a flood of the fast one, and leaves three to the order.
 OLDEST_EVERY = 4
@@ -54,8 +56,11 @@ class LineFull(Exception):
     """There is no place, and nobody in the line has less right to one."""
 
 
+Waiting = TypeVar("Waiting", bound=Ticket)
+
+
 @dataclass(slots=True)
-class _Class:
+class _Class(Generic[Waiting]):
     """Waiters of one tier and priority.
 
     Attributes:
@@ -67,19 +72,19 @@ class _Class:
 
     virtual: float = 0.0
     finish: dict[str, float] = field(default_factory=dict)
-    keys: dict[str, dict[int, Ticket]] = field(default_factory=dict)
-    heap: list[tuple[float, int, Ticket]] = field(default_factory=list)
+    keys: dict[str, dict[int, Waiting]] = field(default_factory=dict)
+    heap: list[tuple[float, int, Waiting]] = field(default_factory=list)
     size: int = 0
 
-    def add(self, ticket: Ticket) -> None:
+    def add(self, ticket: Waiting) -> None:
         self.keys.setdefault(ticket.key, {})[ticket.number] = ticket
         self.size += 1
         heapq.heappush(self.heap, (ticket.start_tag, ticket.number, ticket))
 
-    def holds(self, ticket: Ticket) -> bool:
+    def holds(self, ticket: Waiting) -> bool:
         return ticket.number in self.keys.get(ticket.key, ())
 
-    def take(self, ticket: Ticket, *, served: bool) -> None:
+    def take(self, ticket: Waiting, *, served: bool) -> None:
         waiting = self.keys[ticket.key]
         del waiting[ticket.number]
         if not waiting:
@@ -97,18 +102,18 @@ class _Class:
                 key: tag for key, tag in self.finish.items() if key in self.keys or tag > self.virtual
             }
 
-    def first(self) -> Ticket:
+    def first(self) -> Waiting:
         while not self.holds(self.heap[0][2]):
             heapq.heappop(self.heap)
         return self.heap[0][2]
 
-    def newest_of_longest(self) -> tuple[int, Ticket]:
+    def newest_of_longest(self) -> tuple[int, Waiting]:
         """Returns how many the key with the most tickets has, and its newest one."""
         waiting = max(self.keys.values(), key=len)
         return len(waiting), waiting[max(waiting)]
 
 
-class WaitingLine:
+class WaitingLine(Generic[Waiting]):
     """Bounded and ordered; see the module.
 
     Attributes:
@@ -117,18 +122,22 @@ class WaitingLine:
 
     def __init__(self, size_max: int) -> None:
         self.size_max = size_max
-        self._classes: dict[tuple[int, int], _Class] = {}
-        self._arrivals: OrderedDict[int, Ticket] = OrderedDict()
+        self._classes: dict[tuple[int, int], _Class[Waiting]] = {}
+        self._arrivals: OrderedDict[int, Waiting] = OrderedDict()
         self._numbers = 0
         self._places = 0
 
     def __len__(self) -> int:
         return len(self._arrivals)
 
-    def __contains__(self, ticket: Ticket) -> bool:
+    def __iter__(self) -> Iterator[Waiting]:
+        """Yields the waiters in the order of their arrival."""
+        return iter(self._arrivals.values())
+
+    def __contains__(self, ticket: Waiting) -> bool:
         return ticket.number in self._arrivals
 
-    def push(self, ticket: Ticket) -> Ticket | None:
+    def push(self, ticket: Waiting) -> Waiting | None:
         """Lets a waiter join.
 
         A full line makes room for one with more right to a place: the newest waiter of the lowest class goes
@@ -153,7 +162,7 @@ class WaitingLine:
         self._arrivals[ticket.number] = ticket
         return victim
 
-    def restore(self, ticket: Ticket) -> None:
+    def restore(self, ticket: Waiting) -> None:
         """Puts back a waiter that was next and could not go: it stands where it stood."""
         group = self._classes.get((ticket.rank, ticket.priority))
         if group is None:
@@ -164,7 +173,7 @@ class WaitingLine:
         for number in (ticket.number, *reversed(older)):
             self._arrivals.move_to_end(number, last=False)
 
-    def pop(self) -> Ticket | None:
+    def pop(self) -> Waiting | None:
         """Takes out who is next; None for an empty line."""
         if not self._arrivals:
             return None
@@ -178,12 +187,12 @@ class WaitingLine:
         self._take(ticket, served=True)
         return ticket
 
-    def remove(self, ticket: Ticket) -> None:
-        """Lets a waiter leave; its place is free at once. One that is not in the line is none of its business."""
+    def remove(self, ticket: Waiting) -> None:
+        """Lets a waiter leave; its place is free at once. For one that is not in the line it does nothing."""
         if ticket.number in self._arrivals:
             self._take(ticket, served=False)
 
-    def _take(self, ticket: Ticket, *, served: bool) -> None:
+    def _take(self, ticket: Waiting, *, served: bool) -> None:
         del self._arrivals[ticket.number]
         place = (ticket.rank, ticket.priority)
         group = self._classes[place]
@@ -191,7 +200,7 @@ class WaitingLine:
         if not group.size:
             del self._classes[place]
 
-    def _victim(self, ticket: Ticket) -> Ticket:
+    def _victim(self, ticket: Waiting) -> Waiting:
         if not self._classes:
             raise LineFull
         lowest = max(self._classes)

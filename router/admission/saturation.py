@@ -1,7 +1,8 @@
-"""How many requests of this worker an engine can take now: learned from its samples, checked by one comparison.
+"""How many requests of this worker an engine can take now: learned from samples, checked by one comparison.
 
-In come samples with this worker's own count at that moment, out comes a limit for each engine that is known to
-have one. An engine is saturated when this worker has as many requests there as the limit says. Two things limit:
+In come samples with this worker's own count at that moment, out comes a limit for each engine that is known
+to have one. An engine is saturated when this worker has as many requests there as the limit says. Two things
+limit:
 
     batch   the engine keeps requests waiting while its batch stays at the same number R of running ones, two
             samples in a row, and never ran more: R is all that it runs.
@@ -11,10 +12,10 @@ have one. An engine is saturated when this worker has as many requests there as 
             With every later sample in which nothing waits it grows by a quarter and one, until it is so far
             above what is sent that it limits nothing: lifted at once, it would let the whole line in.
 
-`own` is this worker's count, `others` what the engine reports beyond it, `backlog` a few requests that may wait
-inside the engine, so that it does not run dry until the next one is sent. The smaller limit holds, and never
-less than one: the end of a request of ours is what wakes who waits, so there must be one. What is missing or
-stale limits nothing (law 1). Pure but for the clock that it is told.
+`own` is this worker's count, `others` what the engine reports beyond it, `backlog` a few requests that may
+wait inside the engine, so that it does not run dry until the next one is sent. The smaller limit holds, and
+never less than one: the end of a request of ours is what wakes who waits, so there must be one. What is
+missing or stale limits nothing (law 1). Pure but for the clock that it is told.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -84,7 +85,7 @@ class EndpointLimits:
             self.limits[replica] = limit
 
     def free(self, endpoints: Sequence[Endpoint], in_flight: Callable[[str], int]) -> Sequence[Endpoint]:
-        """Returns the endpoints that can take one more request, in the same order; all where none is limited."""
+        """Returns the endpoints that can take one more request, in the same order; all without limits."""
         limits = self.limits
         if not limits:
             return endpoints
@@ -123,9 +124,7 @@ class EndpointLimits:
             for replica, learned in self._learned.items()
             if (replica, learned.incarnation) in kept
         }
-        self.limits = {
-            replica: limit for replica, limit in self.limits.items() if replica in self._learned
-        }
+        self.limits = {replica: limit for replica, limit in self.limits.items() if replica in self._learned}
 
 
 def _learn_batch(learned: _Learned, sample: Sample) -> None:

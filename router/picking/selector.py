@@ -55,12 +55,30 @@ class Flight:
         self.close()
 
 
+class Considered:
+    """What one choice was made from, for whoever asks later why."""
+
+    __slots__ = ("_candidates",)
+
+    def __init__(self, candidates: Sequence[Candidate]) -> None:
+        self._candidates = candidates
+
+    def candidates(self) -> Sequence[Candidate]:
+        """Returns the candidates as they were."""
+        return self._candidates
+
+
+_NOTHING = Considered(())
+
+
 class Selector:
     """Picks endpoints by a strategy.
 
     Attributes:
         index: Who probably holds which prefix.
         ledger: Prompt tokens that are not computed yet.
+        strategy: By which it picks.
+        considered: What the last choice was made from.
     """
 
     def __init__(
@@ -74,7 +92,8 @@ class Selector:
         self.index = PrefixIndex(bytes_max=index_bytes_max)
         self.ledger = PrefillLedger()
         self._alike: dict[tuple[int, str], int] = {}
-        self._strategy = strategy
+        self.strategy = strategy
+        self.considered = _NOTHING
         self._loads = loads
         self._samples = samples
 
@@ -82,7 +101,7 @@ class Selector:
         self, document: Mapping[str, Any], endpoints: Sequence[Endpoint], *, namespace: str, deployment: str
     ) -> Prompt:
         """Reads a request's prompt; an empty one where the strategy has no use for it."""
-        if not self._strategy.reads_prompt:
+        if not self.strategy.reads_prompt:
             return _NO_PROMPT
         return read_prompt(
             document,
@@ -96,20 +115,19 @@ class Selector:
         prompt = request.prompt
         key = prefix_key(prompt.chain)
         matches = self.index.match(prompt.chain) if prompt.chain else {}
-        return self._strategy.select(
-            request,
-            [
-                Candidate(
-                    endpoint=each,
-                    sample=self._samples.fresh(each.replica, each.incarnation),
-                    in_flight=self._loads.in_flight(each.replica),
-                    cached_tokens=matches.get(each.identity, 0) * prompt.block_tokens,
-                    pending_prefill_tokens=self.ledger.pending_tokens(each.replica),
-                    alike_in_flight=0 if key is None else self._alike.get((key, each.replica), 0),
-                )
-                for each in endpoints
-            ],
-        )
+        candidates = [
+            Candidate(
+                endpoint=each,
+                sample=self._samples.fresh(each.replica, each.incarnation),
+                in_flight=self._loads.in_flight(each.replica),
+                cached_tokens=matches.get(each.identity, 0) * prompt.block_tokens,
+                pending_prefill_tokens=self.ledger.pending_tokens(each.replica),
+                alike_in_flight=0 if key is None else self._alike.get((key, each.replica), 0),
+            )
+            for each in endpoints
+        ]
+        self.considered = Considered(candidates)
+        return self.strategy.select(request, candidates)
 
     def send(self, request: RequestContext, chosen: Candidate) -> Flight:
         """Counts a request as sent, before it is, and learns where its prefix is from now on."""

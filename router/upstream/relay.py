@@ -18,7 +18,7 @@ from router.downstream import Downstream
 from router.openai import sse
 from router.openai.errors import REASON_HEADER, Reason
 from router.record import RequestRecord
-from router.upstream.headers import answer_headers
+from router.upstream.headers import DEPLOYMENT_HEADER, answer_headers
 
 if TYPE_CHECKING:
     from router.upstream.answer import Answer
@@ -58,6 +58,10 @@ def start_answer(
         keeps_length: False where a transform may change the length of the body.
     """
     headers = answer_headers(answer.headers, replica=record.endpoint)
+    if record.why:
+        headers[REASON_HEADER] = record.why
+    if record.deployment != record.model:
+        headers[DEPLOYMENT_HEADER] = record.deployment
     if answer.status >= 400:
         record.reason = Reason.ENGINE_CLIENT_ERROR if answer.status < 500 else Reason.ENGINE_ERROR
         headers[REASON_HEADER] = record.reason.value

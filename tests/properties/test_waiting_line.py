@@ -14,7 +14,7 @@ class Line(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.line = WaitingLine(SIZE_MAX)
+        self.line: WaitingLine[Ticket] = WaitingLine(SIZE_MAX)
         self.waiting: list[Ticket] = []
         self.popped: list[Ticket] = []
 
@@ -76,9 +76,7 @@ class Line(RuleBasedStateMachine):
 
 TestLine = Line.TestCase
 
-_TICKETS = st.tuples(
-    st.integers(0, 1), st.integers(-3, 3), st.sampled_from("abcd"), st.integers(1, 100_000)
-)
+_TICKETS = st.tuples(st.integers(0, 1), st.integers(-3, 3), st.sampled_from("abcd"), st.integers(1, 100_000))
 
 
 @given(st.lists(_TICKETS, max_size=12), _TICKETS, st.lists(_TICKETS, max_size=120))
@@ -87,7 +85,7 @@ def test_nobody_starves(
     one: tuple[int, int, str, int],
     after: list[tuple[int, int, str, int]],
 ) -> None:
-    line = WaitingLine(1000)
+    line: WaitingLine[Ticket] = WaitingLine(1000)
     for each in before:
         line.push(Ticket(*each))
     ticket = Ticket(*one)
@@ -96,8 +94,8 @@ def test_nobody_starves(
     while ticket in line:
         # A flood: two come for each that goes.
         for _ in range(2):
-            if (each := next(later, None)) is not None:
-                line.push(Ticket(*each))
+            if (flood := next(later, None)) is not None:
+                line.push(Ticket(*flood))
         line.pop()
         places += 1
     assert places <= OLDEST_EVERY * (len(before) + 1)
@@ -106,7 +104,7 @@ def test_nobody_starves(
 @given(st.lists(st.tuples(st.sampled_from("ab"), st.integers(1, 1000)), min_size=2, max_size=60))
 def test_keys_of_one_class_get_equal_shares(arrivals: list[tuple[str, int]]) -> None:
     """While both wait, served costs differ by no more than the bound of start-time fair queueing."""
-    line = WaitingLine(1000)
+    line: WaitingLine[Ticket] = WaitingLine(1000)
     for key, cost in arrivals:
         line.push(Ticket(0, 0, key, cost))
     served = {"a": 0, "b": 0}

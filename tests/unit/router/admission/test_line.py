@@ -7,13 +7,15 @@ from router.admission.line import OLDEST_EVERY, LineFull, Ticket, WaitingLine
 FAST, BASE = 0, 1
 
 
-def _push(line: WaitingLine, key: str = "k", *, rank: int = BASE, priority: int = 0, cost: int = 1) -> Ticket:
+def _push(
+    line: WaitingLine[Ticket], key: str = "k", *, rank: int = BASE, priority: int = 0, cost: int = 1
+) -> Ticket:
     ticket = Ticket(rank, priority, key, cost)
     line.push(ticket)
     return ticket
 
 
-def _order(line: WaitingLine) -> list[str]:
+def _order(line: WaitingLine[Ticket]) -> list[str]:
     found = []
     while (ticket := line.pop()) is not None:
         found.append(ticket.key)
@@ -21,7 +23,7 @@ def _order(line: WaitingLine) -> list[str]:
 
 
 def test_fast_before_base_and_the_oldest_every_fourth_time() -> None:
-    line = WaitingLine(100)
+    line: WaitingLine[Ticket] = WaitingLine(100)
     for number in range(4):
         _push(line, f"base-{number}")
     for number in range(6):
@@ -33,7 +35,7 @@ def test_fast_before_base_and_the_oldest_every_fourth_time() -> None:
 
 
 def test_lower_priority_first_within_a_tier_and_within_bounds() -> None:
-    line = WaitingLine(100)
+    line: WaitingLine[Ticket] = WaitingLine(100)
     _push(line, "late", priority=5)
     _push(line, "early", priority=-5)
     _push(line, "fast", rank=FAST, priority=9)
@@ -43,7 +45,7 @@ def test_lower_priority_first_within_a_tier_and_within_bounds() -> None:
 
 
 def test_keys_share_by_cost() -> None:
-    line = WaitingLine(100)
+    line: WaitingLine[Ticket] = WaitingLine(100)
     for _ in range(12):
         _push(line, "flood")
     for _ in range(3):
@@ -58,7 +60,7 @@ def test_keys_share_by_cost() -> None:
 
 
 def test_a_full_line_makes_room_for_a_better_class_and_for_a_key_with_less() -> None:
-    line = WaitingLine(3)
+    line: WaitingLine[Ticket] = WaitingLine(3)
     first, second, third = (_push(line, "flood") for _ in range(3))
     with pytest.raises(LineFull):
         _push(line, "flood")
@@ -78,7 +80,7 @@ def test_a_full_line_makes_room_for_a_better_class_and_for_a_key_with_less() -> 
 
 
 def test_a_waiter_that_leaves_frees_its_place_at_once() -> None:
-    line = WaitingLine(1)
+    line: WaitingLine[Ticket] = WaitingLine(1)
     ticket = _push(line)
     line.remove(ticket)
     line.remove(ticket)
@@ -89,7 +91,7 @@ def test_a_waiter_that_leaves_frees_its_place_at_once() -> None:
 
 
 def test_one_that_could_not_go_stands_where_it_stood() -> None:
-    line = WaitingLine(10)
+    line: WaitingLine[Ticket] = WaitingLine(10)
     for number in range(4):
         _push(line, f"{number}")
     first, second = line.pop(), line.pop()
@@ -106,7 +108,7 @@ def test_one_that_could_not_go_stands_where_it_stood() -> None:
 
 
 def test_memory_does_not_grow_with_those_who_left() -> None:
-    line = WaitingLine(10)
+    line: WaitingLine[Ticket] = WaitingLine(10)
     stay = _push(line, "stay")
     for number in range(1000):
         line.remove(_push(line, f"key-{number}"))

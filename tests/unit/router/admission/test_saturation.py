@@ -1,6 +1,7 @@
 """When an engine counts as saturated, and for how many requests."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -8,7 +9,7 @@ from router.admission.saturation import EndpointLimits
 from router.view.samples import Sample
 from tests.support.candidates import endpoint, sample
 
-FULL = {"running": 8, "waiting": 4, "kv": 0.5}
+FULL: dict[str, Any] = {"running": 8, "waiting": 4, "kv": 0.5}
 
 
 def _limits(*samples: Sample, own: int = 12) -> EndpointLimits:
@@ -18,8 +19,8 @@ def _limits(*samples: Sample, own: int = 12) -> EndpointLimits:
     return limits
 
 
-def _seen(own: int = 12, **numbers: float) -> Sample:
-    return sample(own_in_flight=own, **numbers)  # type: ignore[arg-type]
+def _seen(own: int = 12, **numbers: Any) -> Sample:
+    return sample(own_in_flight=own, **numbers)
 
 
 @pytest.mark.parametrize(

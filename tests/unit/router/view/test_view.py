@@ -8,7 +8,7 @@ from millrace.state.v1 import records_pb2
 
 from core.identity import hash_secret
 from core.store import keys
-from router.view.view import Deployment, EndpointState, Miss, View, build_view, endpoint_of
+from router.view.view import EndpointState, Miss, View, build_view, endpoint_of
 
 KEY_HASH = hash_secret("sk-1")
 
@@ -38,10 +38,10 @@ def _view(
 
 
 def _resolve(view: View, model: str) -> "str | Miss":
-    tenant = view.authenticate(KEY_HASH)
-    assert tenant is not None
-    found = tenant.resolve(model)
-    return found.name if isinstance(found, Deployment) else found
+    opened = view.authenticate(KEY_HASH)
+    assert opened is not None
+    found = opened[1].resolve(model)
+    return found if isinstance(found, Miss) else found.name
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,9 @@ def test_only_a_key_under_its_own_hash_opens_its_namespace() -> None:
         },
         deployments=[],
     )
-    tenant = view.authenticate(KEY_HASH)
+    found = view.authenticate(KEY_HASH)
+    assert found is not None
+    _, tenant = found
     assert tenant is not None
     assert tenant.name == "a"
     assert view.authenticate(other) is None
