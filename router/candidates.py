@@ -129,7 +129,7 @@ class Candidates:
         if call.decision is None:
             call.decision = self.decisions.open(call.record, step)
         else:
-            call.decision.steps.append(step)
+            self.decisions.add(call.decision, step)
 
     def divert(self, call: Call) -> Candidate | None:
         """Chooses an endpoint of a fall-back that has room; the request is the fall-back's from then on."""

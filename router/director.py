@@ -182,7 +182,7 @@ class Director:
             Refusal: It has not been anywhere, and there is no room for it.
         """
         if failure is not None:
-            return self.candidates.pick(call) or await self._await_fresh(call) or self.candidates.divert(call)
+            return self.candidates.pick(call) or self.candidates.divert(call) or await self._await_fresh(call)
         candidate = None if self.candidates.lane(call).busy else self.candidates.pick(call)
         return candidate or await self._wait_for_room(call)
 

@@ -8,7 +8,7 @@ it: of the body only its reference is kept, because plug-ins may have scored by 
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from router.picking.contract import Candidate, RequestContext, Strategy
 from router.picking.selector import Considered
@@ -16,6 +16,8 @@ from router.record import RequestRecord
 from router.view.view import Endpoint
 
 DECISIONS_MAX = 1024
+# Larger bodies are not kept: a few of them would displace all other decisions.
+BODY_BYTES_MAX = 256 * 1024
 BYTES_MAX = 16 * 1024 * 1024
 # Of a decision without its body: record, context, and some hundred bytes a candidate.
 _BASE_BYTES = 2048
@@ -84,7 +86,7 @@ class DecisionLog:
 
     def open(self, record: RequestRecord, step: Step) -> Decision:
         """Keeps the first choice for a request."""
-        context = step.context
+        context = _kept(step).context
         decision = Decision(
             record,
             [step],
@@ -99,6 +101,17 @@ class DecisionLog:
             self._bytes -= self._ring.popleft().size_bytes
         return decision
 
+    @staticmethod
+    def add(decision: Decision, step: Step) -> None:
+        """Keeps a further choice; its body is that of the first."""
+        decision.steps.append(_kept(step))
+
     def find(self, request_id: str) -> Decision | None:
         """Returns the latest decision for a request id; None where it is not kept."""
         return next((each for each in reversed(self._ring) if each.record.request_id == request_id), None)
+
+
+def _kept(step: Step) -> Step:
+    if len(step.context.body) > BODY_BYTES_MAX:
+        step.context = replace(step.context, body=b"")
+    return step
