@@ -116,7 +116,7 @@ class Candidates:
                     deployment.endpoints,
                     usable,
                     free,
-                    selector.considered,
+                    selector.decision,
                     candidate,
                     why,
                     now,

@@ -118,16 +118,19 @@ class RouterMetrics:
             "millrace_router_prefix_index_bytes", "Memory of the prefix index, estimated."
         )
         self._register_waiting()
-        # Series exist from the start: an alert on a rate must not miss the first event.
+        self._begin_series()
+        self._open = 0
+        # Bounded like the labels: closed sets, all of them.
+        self._ended: dict[tuple[str, int, str], int] = {}
+        self._times: dict[str, tuple[_Times, _Times]] = {}
+
+    def _begin_series(self) -> None:
+        """Makes the series of closed sets: an alert on a rate must not miss the first event."""
         for cause in Cause:
             self._retries.labels(cause.value)
         for owner in Owner:
             self._upstream_errors.labels(owner.value)
         self.view_changed(View())
-        self._open = 0
-        # Bounded like the labels: closed sets, all of them.
-        self._ended: dict[tuple[str, int, str], int] = {}
-        self._times: dict[str, tuple[_Times, _Times]] = {}
 
     def _register_waiting(self) -> None:
         self._queued = self._sum(

@@ -9,9 +9,9 @@ it: of the body only its reference is kept, because plug-ins may have scored by 
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 from router.picking.contract import Candidate, RequestContext, Strategy
-from router.picking.selector import Considered
 from router.record import RequestRecord
 from router.view.view import Endpoint
 
@@ -25,6 +25,14 @@ _CANDIDATE_BYTES = 256
 _BLOCK_BYTES = 40
 
 
+class Considered(Protocol):
+    """What a selector looked at in one choice."""
+
+    def candidates(self) -> Sequence[Candidate]:
+        """Returns the candidates as they were."""
+        ...
+
+
 @dataclass(slots=True)
 class Step:
     """One choice.
@@ -35,7 +43,7 @@ class Step:
         endpoints: Of the deployment.
         eligible: Those whose state, breaker and earlier attempts allow it.
         free: Those of them with room.
-        considered: What the selector saw of the last ones.
+        considered: What the selector saw of the last ones; None where it saw nothing.
         chosen: Who got it; None where nobody did.
         why: The token of `x-millrace-reason`.
         at_seconds: When, on the monotonic clock.
@@ -46,7 +54,7 @@ class Step:
     endpoints: Sequence[Endpoint]
     eligible: Sequence[Endpoint]
     free: Sequence[Endpoint]
-    considered: Considered
+    considered: Considered | None
     chosen: Candidate | None
     why: str
     at_seconds: float

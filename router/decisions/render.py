@@ -46,7 +46,7 @@ def render_decision(decision: Decision, *, wall_seconds: Callable[[float], float
 
 
 def _step(step: Step, started_seconds: float) -> dict[str, Any]:
-    candidates = step.considered.candidates()
+    candidates = () if step.considered is None else step.considered.candidates()
     dropped = _dropped(step, candidates)
     scores = _scores(step, [each for each in candidates if each.endpoint.replica not in dropped])
     seen = {each.endpoint.replica: each for each in candidates}

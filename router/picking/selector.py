@@ -55,7 +55,7 @@ class Flight:
         self.close()
 
 
-class Considered:
+class Decision:
     """What one choice was made from, for whoever asks later why."""
 
     __slots__ = ("_candidates",)
@@ -68,9 +68,6 @@ class Considered:
         return self._candidates
 
 
-_NOTHING = Considered(())
-
-
 class Selector:
     """Picks endpoints by a strategy.
 
@@ -78,7 +75,7 @@ class Selector:
         index: Who probably holds which prefix.
         ledger: Prompt tokens that are not computed yet.
         strategy: By which it picks.
-        considered: What the last choice was made from.
+        decision: The latest choice, for whoever keeps it; None before the first.
     """
 
     def __init__(
@@ -93,7 +90,7 @@ class Selector:
         self.ledger = PrefillLedger()
         self._alike: dict[tuple[int, str], int] = {}
         self.strategy = strategy
-        self.considered = _NOTHING
+        self.decision: Decision | None = None
         self._loads = loads
         self._samples = samples
 
@@ -126,7 +123,7 @@ class Selector:
             )
             for each in endpoints
         ]
-        self.considered = Considered(candidates)
+        self.decision = Decision(candidates)
         return self.strategy.select(request, candidates)
 
     def send(self, request: RequestContext, chosen: Candidate) -> Flight:

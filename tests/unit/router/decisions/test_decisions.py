@@ -12,13 +12,20 @@ from router.decisions.log import DecisionLog, Step
 from router.decisions.render import render_decision
 from router.decisions.siblings import Siblings
 from router.decisions.why import why_of
-from router.picking.contract import RequestContext
+from router.picking.contract import Candidate, RequestContext
 from router.picking.registry import build_strategy
-from router.picking.selector import Considered
 from router.record import RequestRecord
 from router.view.view import EndpointState
 from tests.support.candidates import candidate, endpoint, request, sample
 from tests.support.waiting import eventually
+
+
+class Seen:
+    def __init__(self, candidates: list[Candidate]) -> None:
+        self._candidates = candidates
+
+    def candidates(self) -> list[Candidate]:
+        return self._candidates
 
 
 def _names(folder: Path) -> list[str]:
@@ -41,7 +48,7 @@ def _step(context: RequestContext | None = None, strategy: str = "prefix=3,load=
         endpoints=[*free, full, dead, draining],
         eligible=[*free, full],
         free=free,
-        considered=Considered(candidates),
+        considered=Seen(candidates),
         chosen=candidates[0],
         why="prefix",
         at_seconds=10.5,
@@ -75,7 +82,7 @@ def test_every_endpoint_is_shown_with_its_scores_or_with_what_left_it_out() -> N
 def test_filters_of_the_strategy_are_named() -> None:
     step = _step(strategy="default")
     crowded = [candidate("r0", in_flight=200), candidate("r1", in_flight=0)]
-    decision = DecisionLog().open(_record("x"), replace(step, considered=Considered(crowded)))
+    decision = DecisionLog().open(_record("x"), replace(step, considered=Seen(crowded)))
     (choice,) = render_decision(decision, wall_seconds=lambda moment: moment)["choices"]
     assert choice["candidates"][0]["dropped_by"] == "HotSpotGuard"
     assert "score" not in choice["candidates"][0]
