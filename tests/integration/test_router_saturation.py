@@ -1,4 +1,4 @@
-"""Saturation learned from real engines' metrics: two simulators with small batches under more than they can run."""
+"""Saturation learned from real engines' metrics: two simulators with small batches, asked for more."""
 
 import asyncio
 import sys
