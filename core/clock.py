@@ -35,9 +35,8 @@ class SystemClock:
         """Wall-clock time, aware, UTC."""
         return datetime.now(UTC)
 
-    def monotonic(self) -> float:
-        """Seconds from an arbitrary start."""
-        return time.monotonic()
+    # The function itself: the hot path asks ten times a request.
+    monotonic = staticmethod(time.monotonic)
 
     async def sleep(self, seconds: float) -> None:
         """Waits."""

@@ -46,6 +46,12 @@ def new_request_id() -> str:
     return f"{_random.getrandbits(128):032x}"
 
 
+def new_identifiers() -> tuple[str, str]:
+    """Makes a request id and a `traceparent` value at once."""
+    digits = f"{_random.getrandbits(320):080x}"
+    return digits[:32], f"00-{digits[32:64]}-{digits[64:]}-01"
+
+
 def trace_id_of(headers: _Headers) -> str | None:
     """Returns the trace id of a W3C `traceparent` header; None without a valid one."""
     match = _TRACE_PARENT.fullmatch(headers.get(TRACE_PARENT_HEADER, ""))

@@ -23,7 +23,7 @@ from core.store import Store
 from core.telemetry import (
     REQUEST_ID_HEADER,
     TRACE_PARENT_HEADER,
-    new_request_id,
+    new_identifiers,
     new_trace_parent,
     request_id_of,
     trace_id_of,
@@ -192,8 +192,9 @@ class RouterApplication:
     async def _serve(self, request: WireRequest, downstream: WireDownstream) -> None:
         """Serves a request of the hot path: what `_account` and `_guarded` do for aiohttp's."""
         head = request.head
-        request_id = head.request_id or new_request_id()
-        trace_parent = head.trace_parent or new_trace_parent()
+        request_id, trace_parent = new_identifiers()
+        request_id = head.request_id or request_id
+        trace_parent = head.trace_parent or trace_parent
         record = RequestRecord(
             request_id=request_id,
             trace_id=head.trace_id or trace_parent[3:35],

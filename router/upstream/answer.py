@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from router.upstream.headers import answer_headers
 from router.upstream.relay import Outcome, Transform
 from router.wire.chunks import SIZES, ChunkDecoder
 from router.wire.response_head import HEAD_BYTES_MAX, AnswerHead, MalformedAnswer, parse_answer_head
@@ -79,9 +80,25 @@ class Answer:
         return {} if self._head is None else self._head.headers
 
     @property
+    def client_headers(self) -> Mapping[str, str]:
+        """Those of `headers` that are the client's business."""
+        head = self._head
+        if head is None:
+            return {}
+        if head.forwarded is None:
+            # One head serves all answers that begin with the same bytes.
+            head.forwarded = answer_headers(head.headers)
+        return head.forwarded
+
+    @property
+    def length(self) -> int | None:
+        """Bytes of the body as the engine promised them; None where it did not."""
+        return None if self._head is None else self._head.length
+
+    @property
     def head(self) -> bytes:
         """First bytes of the body: what has come before anybody took it."""
-        return b"".join(self._held)
+        return self._held[0] if len(self._held) == 1 else b"".join(self._held)
 
     def flow(
         self, downstream: Downstream, transform: Transform | None, *, client_stall_seconds: float

@@ -6,8 +6,6 @@ connection, the client's credentials and what we set ourselves; answers keep a s
 
 from collections.abc import Mapping
 
-from aiohttp import hdrs
-
 from core.telemetry import REQUEST_ID_HEADER, TRACE_PARENT_HEADER
 from router.wire.headers import RequestHeaders
 
@@ -40,12 +38,7 @@ _OURS = {
 }
 _DROPPED = frozenset(_HOP_BY_HOP | _CREDENTIALS | _OURS)
 
-_ANSWER_KEPT = (
-    hdrs.CONTENT_TYPE,
-    hdrs.CONTENT_ENCODING,
-    hdrs.CACHE_CONTROL,
-    hdrs.RETRY_AFTER,
-)
+_ANSWER_KEPT = ("Content-Type", "Content-Encoding", "Cache-Control", "Retry-After")
 
 
 def request_headers(client: RequestHeaders, *, request_id: str, trace_parent: str) -> bytes:
@@ -86,12 +79,6 @@ def _forwarded(client: RequestHeaders) -> bytes:
     return b"".join(lines)
 
 
-def answer_headers(engine: Mapping[str, str], *, replica: str) -> dict[str, str]:
-    """Builds the headers for the client; the request id is added to every response elsewhere."""
-    kept = {}
-    for name in _ANSWER_KEPT:
-        value = engine.get(name)
-        if value is not None:
-            kept[str(name)] = value
-    kept[ENDPOINT_HEADER] = replica
-    return kept
+def answer_headers(engine: Mapping[str, str]) -> dict[str, str]:
+    """Returns those of an engine's headers that the client gets; the router adds its own elsewhere."""
+    return {name: engine[name] for name in _ANSWER_KEPT if name in engine}

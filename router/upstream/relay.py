@@ -12,13 +12,11 @@ import asyncio
 from enum import Enum
 from typing import TYPE_CHECKING, Protocol
 
-from aiohttp import hdrs
-
 from router.downstream import Downstream
 from router.openai import sse
 from router.openai.errors import REASON_HEADER, Reason
 from router.record import RequestRecord
-from router.upstream.headers import DEPLOYMENT_HEADER, answer_headers
+from router.upstream.headers import DEPLOYMENT_HEADER, ENDPOINT_HEADER
 
 if TYPE_CHECKING:
     from router.upstream.answer import Answer
@@ -57,7 +55,7 @@ def start_answer(
         record: Says what to call the endpoint; its reason is set where the engine refused.
         keeps_length: False where a transform may change the length of the body.
     """
-    headers = answer_headers(answer.headers, replica=record.endpoint)
+    headers = {**answer.client_headers, ENDPOINT_HEADER: record.endpoint}
     if record.why:
         headers[REASON_HEADER] = record.why
     if record.deployment != record.model:
@@ -65,8 +63,7 @@ def start_answer(
     if answer.status >= 400:
         record.reason = Reason.ENGINE_CLIENT_ERROR if answer.status < 500 else Reason.ENGINE_ERROR
         headers[REASON_HEADER] = record.reason.value
-    length = answer.headers.get(hdrs.CONTENT_LENGTH, "") if keeps_length else ""
-    downstream.start(answer.status, headers, length=int(length) if length.isdigit() else None)
+    downstream.start(answer.status, headers, length=answer.length if keeps_length else None)
 
 
 async def relay(

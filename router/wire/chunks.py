@@ -108,6 +108,6 @@ class ChunkDecoder:
             self.complete = True
             self._expects = _Expects.NOTHING
         else:
-            self._trailer_bytes += len(line)
+            self._trailer_bytes += len(line) + 2
             if b":" not in line or b"\n" in line or self._trailer_bytes > _TRAILER_BYTES_MAX:
                 raise MalformedAnswer("the trailers are broken or too long")

@@ -4,7 +4,7 @@ In come pairs of bytes, out come text by name and the pairs themselves. One obje
 connection whose heads are the same bytes, so that what is worked out of it is kept here (`forwarded`).
 """
 
-from collections.abc import KeysView, Sequence
+from collections.abc import Sequence
 from typing import overload
 
 
@@ -37,11 +37,6 @@ class RequestHeaders:
     def get(self, name: str, default: str | None = None) -> str | None:
         """Returns the first value of a header, by its name in lower case."""
         return self._values.get(name, default)
-
-    @property
-    def names(self) -> KeysView[str]:
-        """The names that occur, in lower case."""
-        return self._values.keys()
 
     def __len__(self) -> int:
         """Different names."""

@@ -34,7 +34,6 @@ _HOST = re.compile(r"[A-Za-z0-9._\[\]:-]+")
 # Whoever sends one of these wants more than a plain request.
 _UNUSUAL = frozenset(
     {
-        "connection",
         "content-encoding",
         "expect",
         "http2-settings",
@@ -120,5 +119,6 @@ def _is_plain(headers: RequestHeaders) -> bool:
     host = headers.get("host")
     if host is None or _HOST.fullmatch(host) is None:
         return False
-    unusual = _UNUSUAL & headers.names
-    return not unusual or (unusual == {"connection"} and headers.get("connection", "").lower() == _KEEP_ALIVE)
+    if headers.get("connection", _KEEP_ALIVE).lower() != _KEEP_ALIVE:
+        return False
+    return not any(name in headers for name in _UNUSUAL)

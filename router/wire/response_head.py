@@ -26,7 +26,7 @@ class MalformedAnswer(ValueError):
     """What the engine sent is no answer that can be framed."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class AnswerHead:
     """Head of an answer.
 
@@ -36,6 +36,7 @@ class AnswerHead:
         length: Bytes of the body; None for chunks, and for a body that ends with the connection.
         chunked: The body comes in chunks.
         keep_alive: The engine takes another request on this connection.
+        forwarded: What `upstream.headers` has made of the headers for clients; None before the first time.
     """
 
     status: int
@@ -43,6 +44,7 @@ class AnswerHead:
     length: int | None
     chunked: bool
     keep_alive: bool
+    forwarded: dict[str, str] | None = None
 
     @property
     def ends_with_connection(self) -> bool:

@@ -20,6 +20,12 @@ from collections.abc import Callable, Coroutine, Generator
 from typing import Any
 
 
+class _Running:
+    """The eager task whose coroutine is on the stack; None while there is none."""
+
+    task: "EagerTask | None" = None
+
+
 class Signal:
     """Something that happens once and that at most one task waits for.
 
@@ -49,8 +55,8 @@ class Signal:
     def __await__(self) -> Generator[Any, None, None]:
         if self.is_set:
             return
-        task: Any = current_task()
-        if type(task) is EagerTask:
+        task = _Running.task
+        if task is not None:
             self._task = task
             try:
                 yield self
@@ -98,7 +104,7 @@ class EagerTask:
 
     def resume(self) -> None:
         """Goes on after a signal: now, or as soon as the task that is running at the moment waits."""
-        if current_task(self._loop) is None:
+        if _Running.task is None and current_task(self._loop) is None:
             self._step(None)
         else:
             self._loop.call_soon(self._step, None)
@@ -114,6 +120,7 @@ class EagerTask:
         waits_for: Any = None
         ended: BaseException | None = None
         _enter_task(loop, self)  # type: ignore[arg-type]  # any object that keeps the contract of tasks
+        _Running.task = self
         try:
             waits_for = self._coroutine.send(None) if error is None else self._coroutine.throw(error)
         except StopIteration:
@@ -126,6 +133,7 @@ class EagerTask:
                 self._on_done(raised)
                 raise
         finally:
+            _Running.task = None
             _leave_task(loop, self)  # type: ignore[arg-type]
         if self.done:
             self._on_done(ended)

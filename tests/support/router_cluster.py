@@ -62,6 +62,7 @@ class Cluster:
     url: str
     api_key: str
     client: aiohttp.ClientSession
+    runner: web.BaseRunner
 
     @property
     def headers(self) -> dict[str, str]:
@@ -187,7 +188,7 @@ async def cluster(
     await web.SockSite(runner, listener).start()
     tasks = [asyncio.create_task(body, name=name) for name, body in router.services().items()]
     client = aiohttp.ClientSession()
-    made = Cluster(store, router, f"http://127.0.0.1:{listener.getsockname()[1]}", "", client)
+    made = Cluster(store, router, f"http://127.0.0.1:{listener.getsockname()[1]}", "", client, runner)
     try:
         made.api_key = await made.make_key(NAMESPACE)
         await made.declare(DEPLOYMENT)
