@@ -26,11 +26,11 @@ def waiter_of(body: bytes, record: RequestRecord, *, deadline_seconds: float) ->
     Cost = bytes of the body / 4 + the most tokens of the answer, as far as it is said, within bounds.
 
     Args:
-        body: A JSON object, as `parse_body` has accepted it.
+        body: As it came; a JSON object may say priority and length.
         record: Tells tier and key.
         deadline_seconds: End of the wait, on the monotonic clock.
     """
-    document: dict[str, Any] = orjson.loads(body)
+    document = _document(body)
     answer = _integer(document, "max_completion_tokens") or _integer(document, "max_tokens") or ANSWER_TOKENS
     return Waiter(
         rank=0 if record.tier is Tier.FAST else 1,
@@ -40,6 +40,15 @@ def waiter_of(body: bytes, record: RequestRecord, *, deadline_seconds: float) ->
         body_bytes=len(body),
         deadline_seconds=deadline_seconds,
     )
+
+
+def _document(body: bytes) -> dict[str, Any]:
+    """Reads a JSON object; anything else, such as a form, says nothing."""
+    try:
+        document = orjson.loads(body)
+    except orjson.JSONDecodeError:
+        return {}
+    return document if isinstance(document, dict) else {}
 
 
 def _integer(document: dict[str, Any], name: str) -> int | None:
