@@ -7,7 +7,9 @@ error where it failed, one log line and one count.
 
 import asyncio
 import math
+import os
 from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import orjson
@@ -27,8 +29,10 @@ from core.telemetry import (
     trace_id_of,
 )
 from router.access_log import AccessLog
+from router.decisions.render import render_decision
+from router.decisions.siblings import Siblings
 from router.director import Director
-from router.metrics import RouterMetrics
+from router.metrics import MULTIPROCESS_VARIABLE, RouterMetrics
 from router.openai import errors
 from router.openai.errors import Reason, Refusal
 from router.openai.surface import INFERENCE_ROUTES, OpenAISurface, refusal_of_http, refusal_response
@@ -49,6 +53,7 @@ _log = structlog.get_logger(__name__)
 HEALTH_ROUTE = "/health"
 METRICS_ROUTE = "/metrics"
 DEBUG_ROUTE = "/debug/endpoints"
+DECISION_ROUTE = "/debug/decisions/{request_id}"
 _QUIET_ROUTES = (HEALTH_ROUTE, METRICS_ROUTE)
 
 # How often the age of the view is written to its gauge; scrapes are rarer.
@@ -102,7 +107,10 @@ class RouterApplication:
             clock=clock,
             requests_in_flight_max=settings.requests_in_flight_max,
             exact=self._exact,
+            bounds=settings.bounds(),
         )
+        folder = os.environ.get(MULTIPROCESS_VARIABLE)
+        self._siblings = Siblings(None if folder is None else Path(folder), self._decision)
         self.in_flight = 0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -121,6 +129,7 @@ class RouterApplication:
         self.application.on_response_prepare.append(add_request_id)
         if admin_token:
             self.application.router.add_get(DEBUG_ROUTE, self._debug)
+            self.application.router.add_get(DECISION_ROUTE, self._debug_decision)
 
     async def wait_view(self, timeout_seconds: float) -> None:
         """Waits until there is a view, or the time is over."""
@@ -128,7 +137,12 @@ class RouterApplication:
 
     def services(self) -> dict[str, Any]:
         """Returns the coroutines to run beside the server, by name."""
-        services: dict[str, Any] = {"view": self.source.run(), "view-age": self._watch_age()}
+        services: dict[str, Any] = {
+            "view": self.source.run(),
+            "view-age": self._watch_age(),
+            "gate": self.director.candidates.gate.run(),
+            "siblings": self._siblings.serve(),
+        }
         if self._exact is not None:
             services["kv-events"] = self._exact.run()
         return services
@@ -156,9 +170,13 @@ class RouterApplication:
             await asyncio.sleep(_AGE_SECONDS)
 
     def _measure(self) -> None:
-        index = self.director.selector.index
+        indexes = [each.index for each in self.director.candidates.selectors]
         self.metrics.view_aged(self.source.age_seconds())
-        self.metrics.index_measured(len(index), index.estimated_bytes)
+        self.metrics.index_measured(
+            sum(len(each) for each in indexes), sum(each.estimated_bytes for each in indexes)
+        )
+        gate = self.director.candidates.gate
+        self.metrics.waiting_measured(*gate.waiting(), gate.waiting_bytes)
         self.metrics.flush()
 
     def runner(self, **options: Any) -> web.BaseRunner:
@@ -311,37 +329,67 @@ class RouterApplication:
         page, content_type = self.metrics.page()
         return web.Response(body=page, headers={hdrs.CONTENT_TYPE: content_type})
 
-    async def _debug(self, request: web.Request) -> web.StreamResponse:
-        """Shows an operator what the next pick would see."""
+    def _require_admin(self, request: web.Request) -> None:
         token = bearer_token(request.headers.get(hdrs.AUTHORIZATION))
         if token is None:
             raise errors.api_key_missing()
         if self._admin.authenticate(token) is None:
             raise errors.api_key_invalid()
+
+    async def _debug_decision(self, request: web.Request) -> web.StreamResponse:
+        """Shows an operator why a request went where it went, whichever worker served it."""
+        self._require_admin(request)
+        request_id = request.match_info["request_id"]
+        document = self._decision(request_id) or await self._siblings.ask(request_id)
+        if not document:
+            raise errors.decision_unknown(request_id)
+        return web.Response(body=document, content_type="application/json")
+
+    def _decision(self, request_id: str) -> bytes:
+        """Returns a decision of this worker as JSON; empty where it has none."""
+        decision = self.director.candidates.decisions.find(request_id)
+        if decision is None:
+            return b""
+        offset = self._clock.now().timestamp() - self._clock.monotonic()
+        return orjson.dumps(render_decision(decision, wall_seconds=lambda moment: moment + offset))
+
+    async def _debug(self, request: web.Request) -> web.StreamResponse:
+        """Shows an operator what the next pick would see."""
+        self._require_admin(request)
         return web.Response(
             body=orjson.dumps({"endpoints": self._explain()}), content_type="application/json"
         )
 
     def _explain(self) -> list[Mapping[str, Any]]:
-        samples = self.source.samples
-        return [
-            {
-                "namespace": each.namespace,
-                "deployment": each.deployment,
-                "replica": each.replica,
-                "node": each.node,
-                "url": each.url,
-                "state": each.state.name,
-                "in_flight": self.director.loads.in_flight(each.replica),
-                "pending_prefill_tokens": self.director.selector.ledger.pending_tokens(each.replica),
-                "prefix_blocks": self.director.selector.index.blocks_at(each.identity),
-                "kv_events": self._exact is not None and self._exact.knows(each),
-                "kv_event_blocks": 0 if self._exact is None else self._exact.blocks_at(each.replica),
-                "ejected": self.director.health.is_ejected(each),
-                "sample_age_seconds": samples.age_seconds(each.replica),
-            }
-            for each in self.source.view.endpoints
-        ]
+        samples, director, view = self.source.samples, self.director, self.source.view
+        found: list[Mapping[str, Any]] = []
+        for each in view.endpoints:
+            deployment = view.deployment(each.namespace, each.deployment)
+            selector = (
+                director.candidates.selectors.default
+                if deployment is None
+                else director.candidates.selectors.of(deployment)
+            )
+            found.append(
+                {
+                    "namespace": each.namespace,
+                    "deployment": each.deployment,
+                    "replica": each.replica,
+                    "node": each.node,
+                    "url": each.url,
+                    "state": each.state.name,
+                    "strategy": selector.strategy.name,
+                    "in_flight": director.loads.in_flight(each.replica),
+                    "in_flight_limit": director.candidates.gate.saturation.limits.get(each.replica),
+                    "pending_prefill_tokens": selector.ledger.pending_tokens(each.replica),
+                    "prefix_blocks": selector.index.blocks_at(each.identity),
+                    "kv_events": self._exact is not None and self._exact.knows(each),
+                    "kv_event_blocks": 0 if self._exact is None else self._exact.blocks_at(each.replica),
+                    "ejected": director.health.is_ejected(each),
+                    "sample_age_seconds": samples.age_seconds(each.replica),
+                }
+            )
+        return found
 
 
 async def add_request_id(request: web.Request, response: web.StreamResponse) -> None:

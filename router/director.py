@@ -1,27 +1,28 @@
 """The way of a request: authenticate -> admit -> candidates -> pick -> forward -> account.
 
 In comes a client's request, out goes an answer: the engine's, or a `Refusal` to be sent. Everything is
-decided from the view and from this process's own counts: no store and no DNS is asked. Another endpoint
-is tried only before the first byte has gone to the client (law 6).
+decided from the view and from this process's own counts: no store and no DNS is asked. A request that finds
+no room waits at the gate, once; where that does not help, its deployment's fall-back serves it. Another
+endpoint is tried only before the first byte has gone to the client (law 6).
 """
 
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 
 import structlog
 
 from core.clock import Clock
 from core.identity import bearer_token, hash_secret
-from router.downstream import Downstream
+from router.admission.gate import Bounds, NotServed
+from router.admission.refusals import refusal_of, states_of
+from router.admission.split import Splitter
+from router.admission.waiter import waiter_of
+from router.call import Call
+from router.candidates import Candidates
 from router.metrics import RouterMetrics
 from router.openai import errors
-from router.openai.body import ParsedBody, rename_model
 from router.openai.errors import Reason
-from router.picking.contract import Candidate, RequestContext, Strategy
-from router.picking.eligibility import eligible
-from router.picking.selector import Selector
+from router.picking.contract import Candidate, Strategy
 from router.prefix.exact.index import ExactIndex
 from router.record import CLIENT_CLOSED_REQUEST, RequestRecord
 from router.upstream.answer import Answer
@@ -29,12 +30,11 @@ from router.upstream.budget import RetryBudget
 from router.upstream.failures import AttemptFailed, Cause, ErrorAnswer, Owner
 from router.upstream.forward import Forwarder, Timeouts
 from router.upstream.headers import ENDPOINT_HEADER, request_headers
-from router.upstream.health import EndpointHealth
+from router.upstream.health import DEFAULT_BREAKER, Breaker, EndpointHealth
 from router.upstream.loads import LoadTable
 from router.upstream.relay import Outcome, break_off, end_answer, relay, start_answer
 from router.view.source import ViewSource
-from router.view.view import Deployment, Endpoint, Miss, Tenant, View
-from router.wire.headers import RequestHeaders
+from router.view.view import Alias, Deployment, Endpoint, Miss, Tenant, View
 
 _log = structlog.get_logger(__name__)
 
@@ -44,50 +44,13 @@ ATTEMPTS_MAX = 3
 FRESH_ENDPOINT_WAIT_SECONDS = 1.0
 
 
-@dataclass(slots=True)
-class Call:
-    """A request that has been admitted and understood.
-
-    Attributes:
-        path: Route with its query, for the engine.
-        headers: The client's.
-        downstream: The client's side.
-        record: Its account.
-        context: What plug-ins may know.
-        parsed: What the body says.
-        tried: Identities of the endpoints that failed it.
-        attempts: How many that were.
-        deadline_seconds: End of the wait for a fresh endpoint; None before it began.
-    """
-
-    path: str
-    headers: RequestHeaders
-    downstream: Downstream
-    record: RequestRecord
-    context: RequestContext
-    parsed: ParsedBody
-    tried: set[tuple[str, str]] = field(default_factory=set)
-    attempts: int = 0
-    deadline_seconds: float | None = None
-    _renamed: dict[str, bytes] = field(default_factory=dict)
-
-    def body_for(self, endpoint: Endpoint) -> bytes:
-        """Returns the body with the model name that an engine knows; the very bytes where it does."""
-        name = endpoint.served_model_name
-        if not name or name == self.parsed.model:
-            return self.context.body
-        if name not in self._renamed:
-            self._renamed[name] = rename_model(self.context.body, name)
-        return self._renamed[name]
-
-
 class Director:
     """Serves requests. One a worker.
 
     Attributes:
         loads: Requests in flight by replica.
         health: Which endpoints are left alone.
-        selector: Picks among the others.
+        candidates: Who can take a request.
         budget: Of retries.
     """
 
@@ -102,13 +65,24 @@ class Director:
         metrics: RouterMetrics,
         clock: Clock,
         requests_in_flight_max: int,
+        bounds: Bounds,
         exact: ExactIndex | None = None,
     ) -> None:
         self.loads = loads
         self.health = EndpointHealth(clock)
         self.budget = RetryBudget(clock)
         self._source = source
-        self.selector = Selector(strategy, loads=loads, samples=source.samples, exact=exact)
+        self.candidates = Candidates(
+            source=source,
+            strategy=strategy,
+            loads=loads,
+            health=self.health,
+            bounds=bounds,
+            clock=clock,
+            exact=exact,
+        )
+        self._splitter = Splitter()
+        self._exact = exact
         self._forwarder = forwarder
         self._timeouts = timeouts
         self._metrics = metrics
@@ -120,8 +94,9 @@ class Director:
     def _view_changed(self, view: View) -> None:
         self.health.retain(view.endpoints)
         self.loads.retain({endpoint.replica for endpoint in view.endpoints})
-        self.selector.retain(view.endpoints)
+        self._splitter.retain(view)
         self._metrics.view_changed(view)
+        self.candidates.view_changed(view)
 
     def authenticate(self, authorization: str | None, record: RequestRecord) -> Tenant:
         """Finds out whose request it is.
@@ -135,10 +110,11 @@ class Director:
         token = bearer_token(authorization)
         if token is None:
             raise errors.api_key_missing()
-        tenant = view.authenticate(hash_secret(token))
-        if tenant is None:
+        found = view.authenticate(hash_secret(token))
+        if found is None:
             raise errors.api_key_invalid()
-        record.namespace = tenant.name
+        key, tenant = found
+        record.namespace, record.key_hash, record.tier = tenant.name, key.key_hash, key.tier
         return tenant
 
     @contextmanager
@@ -156,18 +132,28 @@ class Director:
         finally:
             self._admitted -= 1
 
-    def resolve(self, tenant: Tenant, model: str) -> Deployment:
-        """Finds the deployment that a model name means.
+    def resolve(self, tenant: Tenant, model: str, session: str = "") -> Deployment:
+        """Finds the deployment that a request for a model goes to.
+
+        Args:
+            tenant: Whose request it is.
+            model: As the client named it; behind an alias there may be several deployments.
+            session: What the client calls its session, which stays with one of them; empty for none.
 
         Raises:
             Refusal: There is none, or there are several.
         """
         found = tenant.resolve(model)
+        if isinstance(found, Deployment):
+            return found
+        if isinstance(found, Alias):
+            name = self._splitter.choose(tenant.name, found, tenant.deployments, session)
+            if name is None:
+                raise errors.alias_without_deployment(model, tuple(each.deployment for each in found.targets))
+            return tenant.deployments[name]
         if found is Miss.AMBIGUOUS:
             raise errors.model_ambiguous(model, tenant.declared[model])
-        if isinstance(found, Miss):
-            raise errors.model_not_found(model)
-        return found
+        raise errors.model_not_found(model)
 
     async def forward(self, call: Call) -> None:
         """Sends a request to one endpoint after the other until one answers, and relays that answer.
@@ -176,20 +162,20 @@ class Director:
             Refusal: None did.
         """
         self.budget.request()
-        if self.selector.exact is not None:
+        self.candidates.lane(call).count_in(call.record.started_seconds)
+        if self._exact is not None:
             await self._read_exactly(call)
         failure: AttemptFailed | None = None
         while True:
-            candidate = self._choose(call)
-            if candidate is None and failure is not None:
-                candidate = await self._await_fresh(call)
-            if candidate is None:
-                await self._give_up(call, failure)
-                return
+            candidate = await self._candidate(call, failure)
             if failure is not None:
+                if candidate is None:
+                    await self._give_up(call, failure)
+                    return
                 if not self.budget.take():
                     raise errors.retry_budget_exhausted(call.parsed.model, failure.cause.value)
                 self._metrics.retried(failure.cause)
+            assert candidate is not None, "a first attempt has one, or was refused"
             try:
                 await self._attempt(call, candidate)
                 return
@@ -203,26 +189,75 @@ class Director:
     async def _read_exactly(self, call: Call) -> None:
         deployment = self._source.view.deployment(call.context.namespace, call.context.deployment)
         if deployment is not None:
-            await self.selector.read_exactly(call.context, call.parsed.document, deployment.endpoints)
+            selector = self.candidates.selectors.of(deployment)
+            await selector.read_exactly(call.context, call.parsed.document, deployment.endpoints)
 
-    def _choose(self, call: Call) -> Candidate | None:
-        deployment = self._source.view.deployment(call.context.namespace, call.context.deployment)
+    async def _candidate(self, call: Call, failure: AttemptFailed | None) -> Candidate | None:
+        """Returns where to send a request now, after the waits that it may have.
+
+        Raises:
+            Refusal: It has not been anywhere, and there is no room for it.
+        """
+        if failure is not None:
+            return self.candidates.pick(call) or self.candidates.divert(call) or await self._await_fresh(call)
+        candidate = None if self.candidates.lane(call).busy else self.candidates.pick(call)
+        return candidate or await self._wait_for_room(call)
+
+    async def _wait_for_room(self, call: Call) -> Candidate:
+        """Waits at the gate, or goes to the fall-back where waiting is of no use or has been of none.
+
+        Raises:
+            Refusal: There was no room.
+        """
+        view, context, model = self._source.view, call.context, call.parsed.model
+        deployment, gate = view.deployment(context.namespace, context.deployment), self.candidates.gate
         if deployment is None:
-            return None
-        usable = eligible(
-            deployment.endpoints,
-            tried=call.tried,
-            is_ejected=self.health.is_ejected,
-            last_failure_seconds=self.health.last_failure_seconds,
-        )
-        return self.selector.choose(call.context, usable)
+            raise errors.no_endpoint(model, {})
+        lane, routing, started = self.candidates.lane(call), deployment.routing, self._clock.monotonic()
+        absent = not self.candidates.usable(context.namespace, context.deployment)
+        if absent:
+            candidate = self.candidates.divert(call)
+            if candidate is not None:
+                gate.divert(lane)
+                return candidate
+            if not deployment.wanted:
+                raise errors.no_endpoint(model, states_of(deployment))
+        usual_seconds = gate.bounds.parking_seconds if absent else gate.bounds.queue_seconds
+        limit = routing.queue_requests_max
+        try:
+            return await gate.wait(
+                lane,
+                waiter_of(
+                    context.body,
+                    call.record,
+                    deadline_seconds=started + (routing.queue_seconds or usual_seconds),
+                ),
+                lambda: self.candidates.pick(call),
+                requests_max=gate.bounds.requests_max if limit is None else limit,
+            )
+        except NotServed as refused:
+            candidate = self.candidates.divert(call)
+            if candidate is not None:
+                return candidate
+            raise refusal_of(
+                refused,
+                model=model,
+                deployment=deployment,
+                lane=lane,
+                gate=gate,
+                usable=len(self.candidates.usable(context.namespace, context.deployment)),
+                now_seconds=self._clock.monotonic(),
+            ) from None
+        finally:
+            call.record.queue_seconds = self._clock.monotonic() - started
+            self._metrics.waited(call.record.queue_seconds)
 
     async def _await_fresh(self, call: Call) -> Candidate | None:
         if call.deadline_seconds is None:
             call.deadline_seconds = self._clock.monotonic() + FRESH_ENDPOINT_WAIT_SECONDS
         while True:
             version = self._source.view.version
-            candidate = self._choose(call)
+            candidate = self.candidates.pick(call)
             remaining = call.deadline_seconds - self._clock.monotonic()
             if candidate is not None or remaining <= 0:
                 return candidate
@@ -238,22 +273,38 @@ class Director:
         headers = request_headers(
             call.headers, request_id=record.request_id, trace_parent=record.trace_parent
         )
-        with self.health.probe(endpoint), self.selector.send(call.context, candidate) as flight:
-            answer = await self._forwarder.attempt(
-                endpoint, call.path, body=body, headers=headers, stream=call.parsed.stream
-            )
-            try:
-                flight.first_byte()
-                record.first_byte_seconds = self._clock.monotonic() - record.started_seconds
-                record.status = answer.status
-                if answer.status >= 400:
-                    self._metrics.upstream_error(Owner.CLIENT if answer.status < 500 else Owner.ENGINE)
-                self.health.succeeded(endpoint)
-                start_answer(answer, call.downstream, record)
-                outcome = await self._relay(call, answer)
-            finally:
-                answer.release()
+        assert call.selector is not None, "whoever was chosen was chosen by one"
+        lane = self.candidates.lane(call)
+        lane.in_flight += 1
+        try:
+            with self.health.probe(endpoint), call.selector.send(call.context, candidate) as flight:
+                answer = await self._forwarder.attempt(
+                    endpoint, call.path, body=body, headers=headers, stream=call.parsed.stream
+                )
+                try:
+                    flight.first_byte()
+                    self._answered(call, endpoint, answer)
+                    start_answer(answer, call.downstream, record)
+                    outcome = await self._relay(call, answer)
+                finally:
+                    answer.release()
+        finally:
+            lane.in_flight -= 1
+            lane.ended_total += 1
+            if lane.line:
+                self.candidates.gate.pump(lane)
         self._account(call, endpoint, outcome)
+
+    def _answered(self, call: Call, endpoint: Endpoint, answer: Answer) -> None:
+        """Notes the first byte of an answer."""
+        record, now = call.record, self._clock.monotonic()
+        record.first_byte_seconds = now - record.started_seconds
+        record.status = answer.status
+        if answer.status >= 400:
+            self._metrics.upstream_error(Owner.CLIENT if answer.status < 500 else Owner.ENGINE)
+        elif call.parsed.stream:
+            self.candidates.lane(call).first_tokens.add(record.first_byte_seconds, now)
+        self.health.succeeded(endpoint)
 
     async def _relay(self, call: Call, answer: Answer) -> Outcome:
         """Relays an answer and ends the client's, completely or not."""
@@ -282,15 +333,19 @@ class Director:
             case Outcome.BROKEN:
                 call.record.reason = Reason.UPSTREAM_BROKEN
                 self._metrics.upstream_error(Owner.TRANSPORT)
-                self.health.failed(endpoint)
+                self.health.failed(endpoint, self._breaker(endpoint))
             case Outcome.IDLE:
                 call.record.reason = Reason.IDLE_TIMEOUT
                 self._metrics.upstream_error(Owner.ENGINE)
-                self.health.failed(endpoint)
+                self.health.failed(endpoint, self._breaker(endpoint))
+
+    def _breaker(self, endpoint: Endpoint) -> Breaker:
+        deployment = self._source.view.deployment(endpoint.namespace, endpoint.deployment)
+        return DEFAULT_BREAKER if deployment is None else Breaker.of(deployment.routing)
 
     def _failed(self, call: Call, endpoint: Endpoint, error: AttemptFailed) -> None:
         self._metrics.upstream_error(error.owner)
-        ejection = self.health.failed(endpoint)
+        ejection = self.health.failed(endpoint, self._breaker(endpoint))
         _log.warning(
             "attempt failed",
             request_id=call.record.request_id,
@@ -302,13 +357,9 @@ class Director:
             ejected_seconds=round(ejection, 3),
         )
 
-    async def _give_up(self, call: Call, failure: AttemptFailed | None) -> None:
+    async def _give_up(self, call: Call, failure: AttemptFailed) -> None:
         """Answers a request that no endpoint took: passes on the engine's word or refuses."""
         model = call.parsed.model
-        if failure is None:
-            deployment = self._source.view.deployment(call.context.namespace, call.context.deployment)
-            states = Counter(each.state.name for each in deployment.endpoints) if deployment else {}
-            raise errors.no_endpoint(model, states)
         if failure.answer is not None:
             await self._pass_on(call, failure.answer)
             return

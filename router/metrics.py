@@ -117,16 +117,35 @@ class RouterMetrics:
         self._index_bytes = self._sum(
             "millrace_router_prefix_index_bytes", "Memory of the prefix index, estimated."
         )
-        # Series exist from the start: an alert on a rate must not miss the first event.
+        self._register_waiting()
+        self._begin_series()
+        self._open = 0
+        # Bounded like the labels: closed sets, all of them.
+        self._ended: dict[tuple[str, int, str], int] = {}
+        self._times: dict[str, tuple[_Times, _Times]] = {}
+
+    def _begin_series(self) -> None:
+        """Makes the series of closed sets: an alert on a rate must not miss the first event."""
         for cause in Cause:
             self._retries.labels(cause.value)
         for owner in Owner:
             self._upstream_errors.labels(owner.value)
         self.view_changed(View())
-        self._open = 0
-        # Bounded like the labels: closed sets, all of them.
-        self._ended: dict[tuple[str, int, str], int] = {}
-        self._times: dict[str, tuple[_Times, _Times]] = {}
+
+    def _register_waiting(self) -> None:
+        self._queued = self._sum(
+            "millrace_router_queued_requests", "Requests that wait because every endpoint is saturated."
+        )
+        self._parked = self._sum(
+            "millrace_router_parked_requests", "Requests that wait because their deployment has no endpoint."
+        )
+        self._queue_bytes = self._sum("millrace_router_queue_bytes", "Bodies of requests that wait.")
+        self._queue = Histogram(
+            "millrace_router_queue_seconds",
+            "Time that requests waited for room; those that did not wait are not counted.",
+            buckets=_SECONDS,
+            registry=self._registry,
+        )
 
     def _sum(self, name: str, text: str) -> Gauge:
         """Makes a gauge that is added up over the workers."""
@@ -198,6 +217,16 @@ class RouterMetrics:
         """Takes the size of the prefix index."""
         self._index_blocks.set(blocks)
         self._index_bytes.set(size_bytes)
+
+    def waiting_measured(self, queued: int, parked: int, size_bytes: int) -> None:
+        """Takes who waits now, and the memory that it takes."""
+        self._queued.set(queued)
+        self._parked.set(parked)
+        self._queue_bytes.set(size_bytes)
+
+    def waited(self, seconds: float) -> None:
+        """Counts one wait for room, whatever came of it."""
+        self._queue.observe(seconds)
 
     def page(self) -> tuple[bytes, str]:
         """Returns the text page of all workers, and its content type; others' numbers may be a second old."""

@@ -11,6 +11,7 @@ from core.clock import Clock
 from router.access_log import AccessLog
 from router.metrics import RouterMetrics
 from router.openai.errors import Reason
+from router.view.view import Tier
 
 # nginx's number for a client that left before it had its answer.
 CLIENT_CLOSED_REQUEST = 499
@@ -29,6 +30,8 @@ class RequestRecord:
         started_seconds: On the monotonic clock.
         quiet: True for probes and scrapes, which are logged at debug level.
         namespace: Tenant; empty before authentication.
+        key_hash: Of the API key; never logged.
+        tier: Class of service of the key.
         model: As the client named it.
         deployment: Where it goes; empty before it is found.
         endpoint: Replica that answered or was tried last.
@@ -38,6 +41,8 @@ class RequestRecord:
         status: HTTP status that the client got.
         reason: How it ended.
         first_byte_seconds: Until the engine's first byte; None where there was none.
+        why: Why the endpoint was chosen; empty where none was.
+        queue_seconds: How long it waited for room.
     """
 
     request_id: str
@@ -48,6 +53,8 @@ class RequestRecord:
     started_seconds: float
     quiet: bool = False
     namespace: str = ""
+    key_hash: str = ""
+    tier: Tier = Tier.BASE
     model: str = ""
     deployment: str = ""
     endpoint: str = ""
@@ -57,6 +64,8 @@ class RequestRecord:
     status: int = 0
     reason: Reason = Reason.OK
     first_byte_seconds: float | None = None
+    why: str = ""
+    queue_seconds: float = 0.0
     _closed: bool = field(default=False, repr=False)
 
     def end(self, metrics: RouterMetrics, log: AccessLog, clock: Clock) -> None:
@@ -91,6 +100,9 @@ class RequestRecord:
                 "node": self.node,
                 "attempts": self.attempts,
                 "stream": self.stream,
+                "tier": self.tier.name.lower(),
+                "why": self.why,
+                "queue_ms": round(self.queue_seconds * 1000, 3),
             },
             quiet=self.quiet,
         )

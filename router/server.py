@@ -132,7 +132,9 @@ async def serve(
         await run_services(
             {
                 **router.services(),
-                "presence": announce(store, clock, router_id=new_router_id(), url=url),
+                "presence": announce(
+                    store, clock, router_id=new_router_id(), url=url, demand=router.director.candidates.gate
+                ),
                 "accept": _accept(router, site, stop=stop, url=url, strategy=strategy.name),
                 "drain": _drain(
                     router, runner, site, stop=stop, drained=drained, seconds=settings.drain_seconds

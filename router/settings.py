@@ -12,6 +12,7 @@ from pydantic import Field, field_validator, model_validator
 from core.clock import Clock
 from core.rpc import TlsFiles
 from core.settings import EtcdOptions, LogOptions, Port, process_configuration, read_token
+from router.admission.gate import Bounds
 from router.prefix.exact.index import ExactIndex
 from router.upstream.forward import Timeouts
 
@@ -81,8 +82,32 @@ class RouterSettings(LogOptions, EtcdOptions):
     requests_in_flight_max: Annotated[int, Field(ge=1, le=1_000_000)] = Field(
         4096, description="Requests that one worker holds at once; bounds its memory and its sockets."
     )
+    queue_requests_max: Annotated[int, Field(ge=0, le=100_000)] = Field(
+        256,
+        description="Requests that one worker lets wait for one deployment while all its endpoints are "
+        "saturated or none is there; 0 refuses at once. A deployment may say its own.",
+    )
+    queue_bytes_max: Annotated[int, Field(ge=0)] = Field(
+        256 * MEBIBYTE, description="Bodies of all requests that wait in one worker, bytes."
+    )
+    queue_timeout_seconds: Seconds = Field(
+        30.0,
+        description="Longest wait while all endpoints are saturated; clients that are told to come again "
+        "get further than those that wait longer. A deployment may say its own.",
+    )
+    parking_timeout_seconds: Seconds = Field(
+        120.0,
+        description="Longest wait while a deployment has no endpoint; covers the start of an engine whose "
+        "weights are there. A deployment may say its own.",
+    )
+    expected_start_seconds: Seconds = Field(
+        60.0,
+        description="How long a deployment takes to start, for Retry-After, until this worker has seen one.",
+    )
     admin_token_file: Path | None = Field(
-        None, description="File with the admin token; turns on GET /debug/endpoints for its bearer."
+        None,
+        description="File with the admin token; turns on GET /debug/endpoints and "
+        "/debug/decisions/{request_id} for its bearer.",
     )
 
     @field_validator("admin_token_file", "agent_token_file")
@@ -106,6 +131,16 @@ class RouterSettings(LogOptions, EtcdOptions):
             return None
         tls = TlsFiles(self.agent_tls_certificate, self.agent_tls_key, self.agent_tls_authority)
         return ExactIndex(token=token, tls=tls, clock=clock)
+
+    def bounds(self) -> Bounds:
+        """Returns the bounds of waiting."""
+        return Bounds(
+            requests_max=self.queue_requests_max,
+            bytes_max=self.queue_bytes_max,
+            queue_seconds=self.queue_timeout_seconds,
+            parking_seconds=self.parking_timeout_seconds,
+            start_seconds=self.expected_start_seconds,
+        )
 
     def timeouts(self) -> Timeouts:
         """Returns the bounds of an attempt."""

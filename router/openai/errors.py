@@ -34,16 +34,22 @@ class Reason(StrEnum):
     MODEL_MISSING = "model_missing"
     MODEL_NOT_FOUND = "model_not_found"
     MODEL_AMBIGUOUS = "model_ambiguous"
+    ALIAS_WITHOUT_DEPLOYMENT = "alias_without_deployment"
     PARAMETER_INVALID = "parameter_invalid"
     ROUTE_UNKNOWN = "route_unknown"
     METHOD_NOT_ALLOWED = "method_not_allowed"
     REQUEST_INVALID = "request_invalid"
+    DECISION_UNKNOWN = "decision_unknown"
     CLIENT_DISCONNECTED = "client_disconnected"
     CLIENT_STALLED = "client_stalled"
     # The platform's.
     VIEW_NOT_SYNCED = "view_not_synced"
     ROUTER_OVERLOADED = "router_overloaded"
+    QUEUE_FULL = "queue_full"
+    QUEUE_MEMORY_FULL = "queue_memory_full"
+    QUEUE_TIMEOUT = "queue_timeout"
     NO_ENDPOINT_AVAILABLE = "no_endpoint_available"
+    START_QUEUE_FULL = "start_queue_full"
     ALL_ENDPOINTS_FAILED = "all_endpoints_failed"
     RETRY_BUDGET_EXHAUSTED = "retry_budget_exhausted"
     INTERNAL_ERROR = "internal_error"
@@ -215,6 +221,29 @@ def model_ambiguous(model: str, names: tuple[str, ...]) -> Refusal:
     )
 
 
+def alias_without_deployment(alias: str, targets: tuple[str, ...]) -> Refusal:
+    """The model is an alias, and nothing that it leads to exists."""
+    return Refusal(
+        404,
+        Reason.ALIAS_WITHOUT_DEPLOYMENT,
+        f"The model `{alias[:200]}` is an alias of {', '.join(f'`{each}`' for each in targets[:10])}, and "
+        "there is no such deployment: declare it, or change the alias.",
+        code="model_not_found",
+        param="model",
+    )
+
+
+def decision_unknown(request_id: str) -> Refusal:
+    """No worker of this router remembers a request with this id."""
+    return Refusal(
+        404,
+        Reason.DECISION_UNKNOWN,
+        f"No decision for the request id `{request_id[:200]}` is kept here: another router served it, it "
+        "went to no engine, or later requests have displaced it.",
+        code="not_found",
+    )
+
+
 def route_unknown(method: str, path: str, supported: tuple[str, ...]) -> Refusal:
     """No such route."""
     return Refusal(
@@ -257,12 +286,64 @@ def router_overloaded(limit: int) -> Refusal:
 
 
 def no_endpoint(model: str, states: Mapping[str, int]) -> Refusal:
-    """The deployment exists and nothing of it can serve."""
-    counts = ", ".join(f"{count} {state.lower()}" for state, count in sorted(states.items()))
+    """The deployment exists and nothing of it can serve, nor will by itself."""
     return unavailable(
         Reason.NO_ENDPOINT_AVAILABLE,
-        f"The model `{model[:200]}` has no endpoint that can serve now ({counts or 'none has started yet'}).",
+        f"The model `{model[:200]}` has no endpoint that can serve now ({_counts(states)}).",
     )
+
+
+def start_queue_full(model: str, *, waiting: int, limit: int, retry_after_seconds: int) -> Refusal:
+    """Nothing of the deployment serves yet, and as many requests as may wait for it do."""
+    return Refusal(
+        503,
+        Reason.START_QUEUE_FULL,
+        f"The model `{model[:200]}` has no endpoint yet, and {waiting} of at most {limit} requests wait for "
+        f"it; it is expected in about {retry_after_seconds} s.",
+        code="no_endpoint_available",
+        headers={"Retry-After": str(retry_after_seconds)},
+    )
+
+
+def start_timeout(
+    model: str, states: Mapping[str, int], *, waited_seconds: float, retry_after_seconds: int
+) -> Refusal:
+    """Nothing of the deployment came up while the request waited."""
+    return Refusal(
+        503,
+        Reason.NO_ENDPOINT_AVAILABLE,
+        f"The model `{model[:200]}` got no endpoint within the {waited_seconds:.1f} s that this request "
+        f"waited ({_counts(states)}); it is expected in about {retry_after_seconds} s.",
+        code="no_endpoint_available",
+        headers={"Retry-After": str(retry_after_seconds)},
+    )
+
+
+def saturated(
+    why: Reason, model: str, *, endpoints: int, waiting: int, bound: str, retry_after_seconds: int
+) -> Refusal:
+    """Every endpoint is saturated, and the request cannot wait, or no longer.
+
+    Args:
+        why: Which bound of waiting was reached.
+        model: As the client named it.
+        endpoints: That could be used if they had room.
+        waiting: Requests that wait for them in this worker.
+        bound: The bound in words, with its value.
+        retry_after_seconds: When there is probably room.
+    """
+    return Refusal(
+        429,
+        why,
+        f"All {endpoints} endpoint(s) of the model `{model[:200]}` are saturated, and {waiting} request(s) "
+        f"wait for them: {bound}. Try again in {retry_after_seconds} s.",
+        headers={"Retry-After": str(retry_after_seconds)},
+    )
+
+
+def _counts(states: Mapping[str, int]) -> str:
+    counts = ", ".join(f"{count} {state.lower()}" for state, count in sorted(states.items()))
+    return counts or "none has started yet"
 
 
 def all_endpoints_failed(model: str, attempts: int, cause: str) -> Refusal:

@@ -9,7 +9,8 @@ from typing import Any
 import orjson
 from aiohttp import hdrs, web
 
-from router.director import Call, Director
+from router.call import Call
+from router.director import Director
 from router.downstream import Downstream, Incoming
 from router.openai import errors
 from router.openai.body import ParsedBody, parse_body
@@ -17,7 +18,7 @@ from router.openai.errors import Reason, Refusal
 from router.openai.http import AiohttpDownstream, AiohttpRequest
 from router.picking.contract import RequestContext
 from router.record import RECORD, RequestRecord
-from router.view.view import Deployment
+from router.view.view import Alias, Deployment, Tenant
 from router.wire.headers import RequestHeaders
 
 INFERENCE_ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings")
@@ -63,7 +64,8 @@ class OpenAISurface:
             body = await self._read_body(incoming)
             parsed = parse_body(body)
             record.model, record.stream = parsed.model, parsed.stream
-            deployment = self._director.resolve(tenant, parsed.model)
+            session = _session(headers, parsed)
+            deployment = self._director.resolve(tenant, parsed.model, session)
             record.deployment = deployment.name
             context = RequestContext(
                 request_id=record.request_id,
@@ -73,13 +75,13 @@ class OpenAISurface:
                 model=parsed.model,
                 stream=parsed.stream,
                 body=body,
-                prompt=self._director.selector.read_prompt(
+                prompt=self._director.candidates.selectors.of(deployment).read_prompt(
                     parsed.document,
                     deployment.endpoints,
                     namespace=deployment.namespace,
                     deployment=deployment.name,
                 ),
-                session=_session(headers, parsed),
+                session=session,
             )
             await self._director.forward(
                 Call(
@@ -97,15 +99,23 @@ class OpenAISurface:
         return await downstream.run(self.infer(AiohttpRequest(request), request[RECORD], downstream))
 
     async def list_models(self, request: web.Request) -> web.StreamResponse:
-        """Lists the deployments that the key may use."""
+        """Lists the deployments that the key may use, then the aliases."""
         tenant = self._director.authenticate(request.headers.get(hdrs.AUTHORIZATION), request[RECORD])
-        return _json({"object": "list", "data": [_model(each) for each in tenant.deployments.values()]})
+        aliases = (each for name, each in sorted(tenant.aliases.items()) if name not in tenant.deployments)
+        data = [
+            *(_model(each) for each in tenant.deployments.values()),
+            *(_alias(each, tenant) for each in aliases),
+        ]
+        return _json({"object": "list", "data": data})
 
     async def get_model(self, request: web.Request) -> web.StreamResponse:
-        """Shows one deployment that the key may use."""
+        """Shows one deployment or alias that the key may use."""
         record = request[RECORD]
         tenant = self._director.authenticate(request.headers.get(hdrs.AUTHORIZATION), record)
         record.model = request.match_info["model"]
+        found = tenant.resolve(record.model)
+        if isinstance(found, Alias):
+            return _json(_alias(found, tenant))
         return _json(_model(self._director.resolve(tenant, record.model)))
 
     async def _read_body(self, incoming: Incoming) -> bytes:
@@ -142,6 +152,14 @@ def _model(deployment: Deployment) -> dict[str, Any]:
     }
     if deployment.create_time_seconds is not None:
         entry["created"] = deployment.create_time_seconds
+    return entry
+
+
+def _alias(alias: Alias, tenant: Tenant) -> dict[str, Any]:
+    """Shows an alias as a model; `root` is where it leads, absent where that is to several."""
+    entry: dict[str, Any] = {"id": alias.name, "object": "model", "owned_by": tenant.name}
+    if len(alias.targets) == 1:
+        entry["root"] = alias.targets[0].deployment
     return entry
 
 

@@ -75,7 +75,7 @@ class Selector:
         index: Who probably holds which prefix.
         ledger: Prompt tokens that are not computed yet.
         exact: What engines themselves say; None for the approximate index alone.
-        strategy: What decides.
+        strategy: By which it picks.
         decision: The latest choice, for whoever keeps it; None before the first.
     """
 

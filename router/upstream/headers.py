@@ -10,6 +10,8 @@ from core.telemetry import REQUEST_ID_HEADER, TRACE_PARENT_HEADER
 from router.wire.headers import RequestHeaders
 
 ENDPOINT_HEADER = "x-millrace-endpoint"
+# Sent where the deployment is not the one that the client named: behind an alias, or as a fall-back.
+DEPLOYMENT_HEADER = "x-millrace-deployment"
 
 # RFC 9110 section 7.6.1, and the older names that are still met.
 _HOP_BY_HOP = {

@@ -1,9 +1,10 @@
 """Passive health: an endpoint that failed is left alone for a while.
 
-In come the outcomes of attempts, out comes whether an endpoint is ejected. An ejection lasts 1 s and
-doubles with every further failure up to 30 s; success or a new incarnation clears it. When it is over, one
-request probes the endpoint while the others stay away until it has succeeded. This is one router's own
-short memory, beside the health checks of the control plane; it never refuses a request.
+In come the outcomes of attempts, out comes whether an endpoint is ejected. The first failure ejects for 1 s,
+unless the deployment has a breaker of its own; an ejection doubles with every further failure up to 30 s;
+success or a new incarnation clears it. When it is over, one request probes the endpoint while the others stay
+away until it has succeeded. This is one router's own short memory, beside the health checks of the control
+plane; it never refuses a request.
 """
 
 from collections.abc import Iterable, Iterator
@@ -12,11 +13,38 @@ from dataclasses import dataclass
 
 from core.backoff import BackoffPolicy
 from core.clock import Clock
-from router.view.view import Endpoint
+from router.view.view import Endpoint, Routing
 
 # Shorter than a health check's verdict, so that it bridges exactly that gap; the maximum bounds how long
 # an engine that has recovered goes unnoticed.
 EJECTION = BackoffPolicy(initial_seconds=1.0, maximum_seconds=30.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Breaker:
+    """When an endpoint is left alone.
+
+    Attributes:
+        failures: Failures in a row after which it is; at least 1.
+        ejection: How long.
+    """
+
+    failures: int = 1
+    ejection: BackoffPolicy = EJECTION
+
+    @classmethod
+    def of(cls, routing: Routing) -> "Breaker":
+        """Returns the breaker of a deployment."""
+        first = routing.ejection_seconds
+        ejection = EJECTION
+        if first is not None:
+            ejection = BackoffPolicy(
+                initial_seconds=first, maximum_seconds=max(first, EJECTION.maximum_seconds)
+            )
+        return cls(routing.consecutive_failures or 1, ejection)
+
+
+DEFAULT_BREAKER = Breaker()
 
 
 @dataclass(slots=True)
@@ -25,6 +53,7 @@ class _Mark:
     failures: int
     failed_seconds: float
     ejected_until_seconds: float
+    was_ejected: bool = False
     probing: bool = False
 
 
@@ -35,8 +64,13 @@ class EndpointHealth:
         self._clock = clock
         self._marks: dict[str, _Mark] = {}
 
-    def failed(self, endpoint: Endpoint) -> float:
-        """Counts a failure that is not the client's and returns the ejection in seconds."""
+    @property
+    def clean(self) -> bool:
+        """True where no endpoint has failed since it last answered."""
+        return not self._marks
+
+    def failed(self, endpoint: Endpoint, breaker: Breaker = DEFAULT_BREAKER) -> float:
+        """Counts a failure that is not the client's and returns the ejection in seconds; 0 for none yet."""
         now = self._clock.monotonic()
         mark = self._mark(endpoint)
         if mark is None:
@@ -45,9 +79,12 @@ class EndpointHealth:
         # Requests that were under way together fail together: they are one failure.
         if mark.failures == 0 or now >= mark.ejected_until_seconds:
             mark.failures += 1
-            mark.ejected_until_seconds = now + EJECTION.ceiling_seconds(mark.failures)
+            beyond = mark.failures - breaker.failures
+            if beyond >= 0:
+                mark.was_ejected = True
+                mark.ejected_until_seconds = now + breaker.ejection.ceiling_seconds(beyond + 1)
         mark.failed_seconds = now
-        return mark.ejected_until_seconds - now
+        return max(0.0, mark.ejected_until_seconds - now)
 
     def succeeded(self, endpoint: Endpoint) -> None:
         """Forgets the failures of an endpoint that answered."""
@@ -69,7 +106,7 @@ class EndpointHealth:
         the client left, lets the next request probe. For an endpoint without failures it does nothing.
         """
         mark = self._mark(endpoint)
-        if mark is None or self.is_ejected(endpoint):
+        if mark is None or not mark.was_ejected or self.is_ejected(endpoint):
             yield
             return
         mark.probing = True

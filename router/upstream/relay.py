@@ -16,7 +16,7 @@ from router.downstream import Downstream
 from router.openai import sse
 from router.openai.errors import REASON_HEADER, Reason
 from router.record import RequestRecord
-from router.upstream.headers import ENDPOINT_HEADER
+from router.upstream.headers import DEPLOYMENT_HEADER, ENDPOINT_HEADER
 
 if TYPE_CHECKING:
     from router.upstream.answer import Answer
@@ -56,6 +56,10 @@ def start_answer(
         keeps_length: False where a transform may change the length of the body.
     """
     headers = {**answer.client_headers, ENDPOINT_HEADER: record.endpoint}
+    if record.why:
+        headers[REASON_HEADER] = record.why
+    if record.deployment != record.model:
+        headers[DEPLOYMENT_HEADER] = record.deployment
     if answer.status >= 400:
         record.reason = Reason.ENGINE_CLIENT_ERROR if answer.status < 500 else Reason.ENGINE_ERROR
         headers[REASON_HEADER] = record.reason.value

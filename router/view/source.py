@@ -1,8 +1,8 @@
-"""Feeds the view from the store: four mirrors, one new view for a burst of changes.
+"""Feeds the view from the store: five mirrors, one new view for a burst of changes.
 
-In come the changes of `serve/endpoints`, `spec/keys`, `spec/deployments` and `stats`; out come new
-`View` objects and samples in the table. Changes of one pass of the event loop make one view. While the
-store is away the last view stands, without limit; `age_seconds` says since when. It writes nothing.
+In come the changes of `serve/endpoints`, `spec/keys`, `spec/deployments`, `spec/namespaces` and `stats`; out
+come new `View` objects and samples in the table. Changes of one pass of the event loop make one view. While
+the store is away the last view stands, without limit; `age_seconds` says since when. It writes nothing.
 """
 
 import asyncio
@@ -16,8 +16,8 @@ from millrace.state.v1 import records_pb2
 from core.clock import Clock
 from core.store import Store, StoreUnavailable, keys
 from core.store.mirror import Mirror
-from router.view.samples import SampleTable
-from router.view.view import View, build_view
+from router.view.samples import Sample, SampleTable
+from router.view.view import Endpoint, View, build_view
 
 _log = structlog.get_logger(__name__)
 
@@ -25,6 +25,7 @@ _log = structlog.get_logger(__name__)
 _SYNC_WAIT_SECONDS = 5.0
 
 Listener = Callable[[View], None]
+SampleListener = Callable[[Endpoint, Sample], None]
 
 
 class ViewSource:
@@ -53,6 +54,8 @@ class ViewSource:
         self._take_in_flight_peak = take_in_flight_peak
         self._view = View()
         self._listeners: list[Listener] = []
+        self._sample_listeners: list[SampleListener] = []
+        self._by_replica: dict[str, Endpoint] = {}
         self._changed: asyncio.Event = asyncio.Event()
         self._dirty = asyncio.Event()
         self._endpoints = Mirror(
@@ -72,8 +75,16 @@ class ViewSource:
             name="spec/deployments",
             clock=clock,
         )
+        self._namespaces = Mirror(
+            store,
+            keys.SPEC_NAMESPACES,
+            records_pb2.NamespaceRecord.FromString,
+            name="spec/namespaces",
+            clock=clock,
+        )
+        self._spec = (self._endpoints, self._api_keys, self._deployments, self._namespaces)
         self._stats = Mirror(store, keys.STATS, stats_pb2.EngineStats.FromString, name="stats", clock=clock)
-        for mirror in (self._endpoints, self._api_keys, self._deployments):
+        for mirror in self._spec:
             mirror.subscribe(self._mark_dirty)
         self._stats.subscribe(self._take_samples)
 
@@ -87,11 +98,15 @@ class ViewSource:
 
         Infinite before all have been read once.
         """
-        return max(mirror.age_seconds() for mirror in (self._endpoints, self._api_keys, self._deployments))
+        return max(mirror.age_seconds() for mirror in self._spec)
 
     def subscribe(self, listener: Listener) -> None:
         """Has a function called on the event loop with every new view; it must not block."""
         self._listeners.append(listener)
+
+    def subscribe_samples(self, listener: SampleListener) -> None:
+        """Has a function called on the event loop with every fresh sample; it must not block."""
+        self._sample_listeners.append(listener)
 
     async def wait_changed(self, version: int, timeout_seconds: float) -> View:
         """Returns the first view newer than `version`, or the present one when the time is over."""
@@ -106,14 +121,14 @@ class ViewSource:
     async def run(self) -> None:
         """Keeps the view up to date, for ever."""
         async with asyncio.TaskGroup() as group:
-            for mirror in (self._endpoints, self._api_keys, self._deployments, self._stats):
+            for mirror in (*self._spec, self._stats):
                 group.create_task(mirror.run(), name=f"mirror-{mirror.name}")
             group.create_task(self._rebuild_forever(), name="view-rebuild")
 
     async def _rebuild_forever(self) -> None:
         # The mirrors log what keeps them from the store; there is nothing to add but patience.
-        while not (self._endpoints.synced and self._api_keys.synced and self._deployments.synced):
-            for mirror in (self._endpoints, self._api_keys, self._deployments):
+        while not all(mirror.synced for mirror in self._spec):
+            for mirror in self._spec:
                 with suppress(StoreUnavailable):
                     await mirror.wait_synced(_SYNC_WAIT_SECONDS)
         self._rebuild()
@@ -132,7 +147,9 @@ class ViewSource:
             endpoints=self._endpoints.items.values(),
             api_keys=self._api_keys.items,
             deployments=self._deployments.items.values(),
+            namespaces=self._namespaces.items.values(),
         )
+        self._by_replica = {each.replica: each for each in self._view.endpoints}
         for listener in self._listeners:
             listener(self._view)
         self._changed.set()
@@ -146,5 +163,14 @@ class ViewSource:
                 gone = True
                 continue
             self.samples.record(stats, own_in_flight=self._take_in_flight_peak(stats.replica))
+            self._tell_sample(stats.replica)
         if gone:
             self.samples.retain(stats.replica for stats in self._stats.items.values())
+
+    def _tell_sample(self, replica: str) -> None:
+        endpoint = self._by_replica.get(replica)
+        sample = None if endpoint is None else self.samples.fresh(replica, endpoint.incarnation)
+        if endpoint is None or sample is None:
+            return
+        for listener in self._sample_listeners:
+            listener(endpoint, sample)

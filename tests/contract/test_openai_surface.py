@@ -161,7 +161,7 @@ async def test_refusals_have_openai_shape(
         assert (error["code"], error["param"]) == (code, param)
         assert error["type"] == ("server_error" if status >= 500 else "invalid_request_error")
         if status == 503:
-            assert response.headers["retry-after"] == "1"
+            assert int(response.headers["retry-after"]) >= 1
         if status == 405:
             assert response.headers["allow"]
         if reason == "route_unknown":

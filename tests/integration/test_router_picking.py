@@ -29,7 +29,7 @@ async def test_the_default_goes_where_the_prompt_is_cached_until_the_engine_rest
         for topic, home in homes.items():
             for turn in range(3):
                 assert await _ask(it, f"Tell me all about {topic}. " * 100 + "And then? " * turn) == home
-        selector = it.router.director.selector
+        selector = it.router.director.candidates.selectors.default
         assert selector.ledger.pending_tokens("chat-0") == 0
         assert await it.metric("millrace_router_prefix_index_blocks") == len(selector.index) > 0
         for number, engine in enumerate(engines):

@@ -241,6 +241,40 @@ async def test_workers_share_the_port_are_restarted_and_stop_together() -> None:
         assert len(it.found("router stopped")) == 2
 
 
+async def test_any_worker_tells_why(tmp_path: Path) -> None:
+    token = tmp_path / "token"
+    token.write_text("admin-token-of-this-test\n")
+    token.chmod(0o600)
+    arguments = ("--port", "0", "--workers", "2", "--admin-token-file", str(token))
+    async with (
+        FakeEngine(answers(200, b'{"choices":[]}')) as engine,
+        etcd_with_deployment(engine.url) as (etcd, key),
+        router(*arguments, "--etcd-endpoints", etcd.endpoint) as it,
+        aiohttp.ClientSession(headers={"Authorization": "Bearer admin-token-of-this-test"}) as operator,
+    ):
+        await listening(it, 2)
+        await eventually(lambda: len(it.found("view synced")) == 2, timeout_seconds=20)
+
+        async def ask(request_id: str) -> None:
+            headers = {"Authorization": f"Bearer {key}", "x-request-id": request_id}
+            async with (
+                aiohttp.ClientSession(headers=headers) as fresh,
+                fresh.post(f"{it.url}/v1/completions", json={"model": DEPLOYMENT}) as response,
+            ):
+                assert response.headers["x-millrace-reason"] == "only-endpoint"
+                await response.read()
+
+        for number in range(12):
+            await ask(f"request-{number}")
+        # One connection, hence one worker, answers for both.
+        for number in range(12):
+            async with operator.get(f"{it.url}/debug/decisions/request-{number}") as response:
+                document = await response.json()
+                assert (response.status, document["request_id"]) == (200, f"request-{number}")
+                assert document["choices"][0]["why"] == "only-endpoint"
+        assert len({line["pid"] for line in it.found("worker started")}) == 2
+
+
 async def test_orphaned_workers_stop() -> None:
     async with router("--port", "0", "--workers", "2", "--etcd-endpoints", NO_ETCD) as it:
         await listening(it, 2)

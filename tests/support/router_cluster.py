@@ -72,20 +72,24 @@ class Cluster:
     async def put(self, key: str, message: Any) -> None:
         await self.store.commit([Put(key, message.SerializeToString())])
 
-    async def declare(self, name: str, *, namespace: str = NAMESPACE, model: str = MODEL) -> None:
+    async def declare(
+        self, name: str, *, namespace: str = NAMESPACE, model: str = MODEL, **spec: Any
+    ) -> None:
         await self.put(
             keys.spec_deployment(namespace, name),
             records_pb2.DeploymentRecord(
                 namespace=namespace,
                 name=name,
-                spec=deployment_pb2.DeploymentSpec(model=model),
+                spec=deployment_pb2.DeploymentSpec(model=model, **spec),
                 create_time=to_timestamp(SystemClock().now()),
             ),
         )
 
-    async def make_key(self, namespace: str) -> str:
+    async def make_key(
+        self, namespace: str, tier: types_pb2.Tier.ValueType = types_pb2.TIER_UNSPECIFIED
+    ) -> str:
         key = generate_api_key()
-        await self._put_key(key, namespace)
+        await self._put_key(key, namespace, tier)
         return key
 
     async def add_key(self, key: str) -> None:
@@ -93,9 +97,12 @@ class Cluster:
         await self._put_key(key, NAMESPACE)
         await eventually(lambda: self.router.source.view.authenticate(hash_secret(key)))
 
-    async def _put_key(self, key: str, namespace: str) -> None:
+    async def _put_key(
+        self, key: str, namespace: str, tier: types_pb2.Tier.ValueType = types_pb2.TIER_UNSPECIFIED
+    ) -> None:
         hashed = hash_secret(key)
-        await self.put(keys.spec_key(hashed), records_pb2.ApiKeyRecord(key_hash=hashed, namespace=namespace))
+        record = records_pb2.ApiKeyRecord(key_hash=hashed, namespace=namespace, tier=tier)
+        await self.put(keys.spec_key(hashed), record)
 
     async def publish(self, *endpoints: endpoint_pb2.Endpoint) -> None:
         """Writes endpoints and waits until the router sees them."""
@@ -115,12 +122,14 @@ class Cluster:
     async def withdraw(self, replica: str) -> None:
         await self.store.commit([Delete(keys.serve_endpoint(NAMESPACE, DEPLOYMENT, replica))])
 
-    async def sample(self, replica: str, *, running: int, waiting: int = 0) -> None:
+    async def sample(
+        self, replica: str, *, running: int, waiting: int = 0, deployment: str = DEPLOYMENT
+    ) -> None:
         await self.put(
-            keys.stats(NAMESPACE, DEPLOYMENT, replica),
+            keys.stats(NAMESPACE, deployment, replica),
             stats_pb2.EngineStats(
                 namespace=NAMESPACE,
-                deployment=DEPLOYMENT,
+                deployment=deployment,
                 replica=replica,
                 incarnation="run-1",
                 sample_time=to_timestamp(SystemClock().now()),
@@ -158,6 +167,8 @@ async def cluster(
         ordinary: Everything goes through aiohttp's server, nothing through the hot path.
         options: Further settings.
     """
+    # Most tests have no use for a wait for what never comes.
+    options.setdefault("parking_timeout_seconds", 0.05)
     settings = RouterSettings(_cli_parse_args=False, strategy=strategy, **options)
     store = MemoryStore(SystemClock())
     router = RouterApplication(

@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from router.upstream.budget import BURST, RetryBudget
-from router.upstream.health import EndpointHealth
+from router.upstream.health import Breaker, EndpointHealth
 from router.upstream.loads import LoadTable
-from router.view.view import Endpoint, EndpointState
+from router.view.view import Endpoint, EndpointState, Routing
 from tests.support.clock import ManualClock
 
 
@@ -133,3 +133,26 @@ async def test_budget_is_a_fifth_of_the_requests_and_ten_a_second() -> None:
     assert sum(budget.take() for _ in range(1000)) == 10
     await clock.advance(3600.0)
     assert budget.tokens == BURST
+
+
+async def test_a_deployment_may_have_a_breaker_of_its_own() -> None:
+    clock = ManualClock()
+    health = EndpointHealth(clock)
+    breaker = Breaker.of(Routing(consecutive_failures=3, ejection_seconds=40.0))
+    one = _endpoint()
+    for _ in range(2):
+        assert health.failed(one, breaker) == 0.0
+        assert not health.is_ejected(one)
+    with health.probe(one):
+        # An endpoint that has not been ejected is no probe: the others need not stay away.
+        assert not health.is_ejected(one)
+    assert not health.clean
+    assert health.failed(one, breaker) == 40.0
+    assert health.is_ejected(one)
+    await clock.advance(40.1)
+    assert not health.is_ejected(one)
+    with health.probe(one):
+        assert health.is_ejected(one)
+    health.succeeded(one)
+    assert health.clean
+    assert Breaker.of(Routing()) == Breaker()

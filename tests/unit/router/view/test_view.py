@@ -1,14 +1,26 @@
 """Building the view: who a key is, what a model name means, in which order endpoints stand."""
 
 import pytest
+from google.protobuf import duration_pb2
 from hypothesis import given
 from hypothesis import strategies as st
-from millrace.core.v1 import deployment_pb2, endpoint_pb2
+from millrace.core.v1 import deployment_pb2, endpoint_pb2, policy_pb2, types_pb2
 from millrace.state.v1 import records_pb2
 
 from core.identity import hash_secret
 from core.store import keys
-from router.view.view import Deployment, EndpointState, Miss, View, build_view, endpoint_of
+from router.view.view import (
+    Alias,
+    Deployment,
+    EndpointState,
+    Miss,
+    Routing,
+    Target,
+    Tier,
+    View,
+    build_view,
+    endpoint_of,
+)
 
 KEY_HASH = hash_secret("sk-1")
 
@@ -38,10 +50,10 @@ def _view(
 
 
 def _resolve(view: View, model: str) -> "str | Miss":
-    tenant = view.authenticate(KEY_HASH)
-    assert tenant is not None
-    found = tenant.resolve(model)
-    return found.name if isinstance(found, Deployment) else found
+    opened = view.authenticate(KEY_HASH)
+    assert opened is not None
+    found = opened[1].resolve(model)
+    return found if isinstance(found, Miss) else found.name
 
 
 @pytest.mark.parametrize(
@@ -77,7 +89,9 @@ def test_only_a_key_under_its_own_hash_opens_its_namespace() -> None:
         },
         deployments=[],
     )
-    tenant = view.authenticate(KEY_HASH)
+    found = view.authenticate(KEY_HASH)
+    assert found is not None
+    _, tenant = found
     assert tenant is not None
     assert tenant.name == "a"
     assert view.authenticate(other) is None
@@ -120,3 +134,56 @@ def test_creation_time_is_left_out_where_it_is_unknown() -> None:
     deployment = _view(_deployment("d1")).deployment("a", "d1")
     assert deployment is not None
     assert deployment.create_time_seconds is None
+
+
+def test_routing_aliases_and_tiers_are_read() -> None:
+    spec = deployment_pb2.DeploymentSpec(
+        replicas=0,
+        routing=policy_pb2.Routing(
+            strategy=" random ",
+            circuit_breaker=policy_pb2.CircuitBreaker(
+                consecutive_failures=0, ejection=duration_pb2.Duration(seconds=3)
+            ),
+            stream_continuation=True,
+            fallback_deployment="small",
+            queue_requests_max=0,
+            queue_timeout=duration_pb2.Duration(nanos=500_000_000),
+        ),
+    )
+    scaled = deployment_pb2.DeploymentSpec(replicas=0, autoscale=policy_pb2.Autoscale(max_replicas=2))
+    alias = policy_pb2.ModelAlias(
+        name="chat",
+        targets=[
+            policy_pb2.AliasTarget(deployment="one", weight=3),
+            policy_pb2.AliasTarget(deployment="two"),
+        ],
+    )
+    shadowed = policy_pb2.ModelAlias(name="one", targets=alias.targets)
+    key = records_pb2.ApiKeyRecord(key_hash=KEY_HASH, namespace="a", tier=types_pb2.TIER_FAST)
+    view = build_view(
+        version=1,
+        endpoints=[],
+        api_keys={keys.spec_key(KEY_HASH): key},
+        deployments=[
+            records_pb2.DeploymentRecord(namespace="a", name="one", spec=spec),
+            records_pb2.DeploymentRecord(namespace="a", name="two", spec=scaled),
+        ],
+        namespaces=[
+            records_pb2.NamespaceRecord(
+                namespace="a",
+                spec=policy_pb2.NamespaceSpec(aliases=[alias, shadowed, policy_pb2.ModelAlias(name="x")]),
+            )
+        ],
+    )
+    opened = view.authenticate(KEY_HASH)
+    assert opened is not None
+    assert opened[0].tier is Tier.FAST
+    one, two = (opened[1].resolve(name) for name in ("one", "two"))
+    assert isinstance(one, Deployment)
+    assert isinstance(two, Deployment)
+    assert one.routing == Routing("random", 1, 3.0, True, "small", 0, 0.5)
+    assert two.routing == Routing()
+    # A stopped deployment stays stopped; one that is scaled to zero comes back.
+    assert (one.wanted, two.wanted) == (False, True)
+    assert opened[1].resolve("chat") == Alias("chat", (Target("one", 3), Target("two", 1)))
+    assert opened[1].resolve("x") is Miss.UNKNOWN

@@ -1,0 +1,1 @@
+"""Who may go on now: saturation, the waiting line of each deployment, demand."""
