@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from enum import Enum, IntEnum
 from types import MappingProxyType
 
-from millrace.core.v1 import deployment_pb2, endpoint_pb2, policy_pb2
+from millrace.core.v1 import deployment_pb2, endpoint_pb2, policy_pb2, types_pb2
 from millrace.state.v1 import records_pb2
 
 from core.store import keys
@@ -42,6 +42,7 @@ class Endpoint:
         incarnation: Identity of this run of the engine.
         weight: Share of traffic relative to the other endpoints of the deployment, at least 1.
         node: Where it runs.
+        engine: Which engine it is: `vllm`, `sglang`, `simulator`, ...; empty where it is not known.
     """
 
     namespace: str
@@ -54,6 +55,7 @@ class Endpoint:
     incarnation: str
     weight: int
     node: str
+    engine: str = ""
 
     @property
     def identity(self) -> tuple[str, str]:
@@ -251,7 +253,16 @@ def endpoint_of(record: endpoint_pb2.Endpoint) -> Endpoint:
         # An unset weight is not a weight of nothing.
         weight=max(1, record.weight),
         node=record.node,
+        engine=_engine_of(record.engine),
     )
+
+
+def _engine_of(number: int) -> str:
+    """Names an engine; empty for unset, and for one that this version does not know."""
+    if number not in types_pb2.Engine.values():
+        return ""
+    name = types_pb2.Engine.Name(types_pb2.Engine.ValueType(number))
+    return "" if name == "ENGINE_UNSPECIFIED" else name.removeprefix("ENGINE_").lower()
 
 
 def build_view(

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import aiohttp
 from aiohttp import web
-from millrace.core.v1 import deployment_pb2, endpoint_pb2, stats_pb2, types_pb2
+from millrace.core.v1 import deployment_pb2, endpoint_pb2, policy_pb2, stats_pb2, types_pb2
 from millrace.state.v1 import records_pb2
 
 from core.clock import SystemClock, to_timestamp
@@ -18,6 +18,8 @@ from core.store import Delete, Put, keys
 from core.store.memory import MemoryStore
 from core.tasks import cancel_and_wait
 from router.app import RouterApplication
+from router.metering.usage import Usage
+from router.metrics import RouterMetrics
 from router.picking.registry import build_strategy
 from router.settings import RouterSettings
 from router.view.view import EndpointState
@@ -38,6 +40,7 @@ def endpoint_record(
     state: EndpointState = EndpointState.READY,
     incarnation: str = "run-1",
     declared_model: str = MODEL,
+    engine: types_pb2.Engine.ValueType = types_pb2.ENGINE_VLLM,
 ) -> endpoint_pb2.Endpoint:
     return endpoint_pb2.Endpoint(
         namespace=namespace,
@@ -50,6 +53,7 @@ def endpoint_record(
         incarnation=incarnation,
         weight=1,
         node="node-1",
+        engine=engine,
     )
 
 
@@ -63,6 +67,7 @@ class Cluster:
     api_key: str
     client: aiohttp.ClientSession
     runner: web.BaseRunner
+    usages: list[Usage]
 
     @property
     def headers(self) -> dict[str, str]:
@@ -154,15 +159,35 @@ class Cluster:
         return sum(float(line.rsplit(" ", 1)[1]) for line in page.splitlines() if line.startswith(text))
 
 
+@dataclass
+class _Usages:
+    """Keeps usage for the test, and hands it to the ordinary sink."""
+
+    kept: list[Usage]
+    metrics: RouterMetrics
+
+    def take(self, usage: Usage) -> None:
+        self.kept.append(usage)
+        self.metrics.take(usage)
+
+
 @asynccontextmanager
 async def cluster(
-    *, strategy: str = "round-robin", urls: Sequence[str] = (), ordinary: bool = False, **options: Any
+    *,
+    strategy: str = "round-robin",
+    urls: Sequence[str] = (),
+    ordinary: bool = False,
+    stream_continuation: bool | None = None,
+    engine: types_pb2.Engine.ValueType = types_pb2.ENGINE_VLLM,
+    **options: Any,
 ) -> AsyncIterator[Cluster]:
     """Runs a router with one namespace, one deployment and one key.
 
     Args:
         strategy: How it picks.
         urls: Engines that serve the deployment, as replicas `chat-0`, `chat-1`, ...
+        stream_continuation: Of the deployment.
+        engine: What these engines are.
         ordinary: Everything goes through aiohttp's server, nothing through the hot path.
         options: Further settings.
     """
@@ -170,12 +195,16 @@ async def cluster(
     options.setdefault("parking_timeout_seconds", 0.05)
     settings = RouterSettings(_cli_parse_args=False, strategy=strategy, **options)
     store = MemoryStore(SystemClock())
+    usages: list[Usage] = []
+    metrics = RouterMetrics()
     router = RouterApplication(
         settings,
         store=store,
         strategy=build_strategy(strategy),
         clock=SystemClock(),
         admin_token="admin-token",
+        metrics=metrics,
+        usage_sink=_Usages(usages, metrics),
     )
     if ordinary:
         runner: web.BaseRunner = web.AppRunner(
@@ -188,13 +217,13 @@ async def cluster(
     await web.SockSite(runner, listener).start()
     tasks = [asyncio.create_task(body, name=name) for name, body in router.services().items()]
     client = aiohttp.ClientSession()
-    made = Cluster(store, router, f"http://127.0.0.1:{listener.getsockname()[1]}", "", client, runner)
+    made = Cluster(store, router, f"http://127.0.0.1:{listener.getsockname()[1]}", "", client, runner, usages)
     try:
         made.api_key = await made.make_key(NAMESPACE)
-        await made.declare(DEPLOYMENT)
+        await made.declare(DEPLOYMENT, routing=policy_pb2.Routing(stream_continuation=stream_continuation))
         await eventually(lambda: DEPLOYMENT in str(router.source.view.tenants))
         await eventually(lambda: router.source.view.authenticate(hash_secret(made.api_key)))
-        await made.publish(*(endpoint_record(f"chat-{n}", url) for n, url in enumerate(urls)))
+        await made.publish(*(endpoint_record(f"chat-{n}", url, engine=engine) for n, url in enumerate(urls)))
         yield made
     finally:
         await client.close()
