@@ -29,7 +29,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 CPU = node_pb2.Device(id="cpu", kind=types_pb2.DEVICE_KIND_CPU, memory_bytes=16 * 2**30)
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
-QUESTION = [{"role": "user", "content": "What is a millrace?"}]
+QUESTION = [{"role": "user", "content": "What is Millrace?"}]
 
 
 @dataclass
@@ -112,9 +112,15 @@ async def fetch(url: str, body: Any, headers: Any = None) -> str:
         return await response.text()
 
 
-def same_for_all(stream: str) -> str:
-    """A stream without what differs between two requests."""
-    return re.sub(r'"id":"[^"]*"|"created":\d+', "", stream)
+def form_of(stream: str) -> list[str]:
+    """The forms of a stream's events, in order: without what differs between two requests for the same.
+
+    vLLM writes several tokens at once where its client is slower than its model, so that equal texts come in
+    different pieces.
+    """
+    bare = re.sub(r'"id":"[^"]*"|"created":\d+', "", stream)
+    forms = re.sub(r'("content"|"text"):"(?:[^"\\]|\\.)*"', r'\1:""', bare).split("\n\n")
+    return [form for number, form in enumerate(forms) if number == 0 or form != forms[number - 1]]
 
 
 def text_of(stream: str) -> str:
@@ -122,6 +128,13 @@ def text_of(stream: str) -> str:
     assert not [event for event in events if "error" in event], stream[-500:]
     choices = [event["choices"][0] for event in events if event["choices"]]
     return "".join(each.get("text") or each.get("delta", {}).get("content") or "" for each in choices)
+
+
+def usage_of(stream: str) -> tuple[int, int]:
+    (usage,) = re.findall(
+        r'"usage":{"prompt_tokens":(\d+),"total_tokens":\d+,"completion_tokens":(\d+)', stream
+    )
+    return int(usage[0]), int(usage[1])
 
 
 async def counted(engines: list[Engine]) -> tuple[int, int]:
@@ -155,14 +168,13 @@ async def test_the_client_sees_what_the_engine_would_have_sent_and_all_tokens_ar
             expected = direct[json.dumps(body)]
             if body.get("n"):
                 # The fingerprint stands in the last chunk of each choice, which cannot wait for the others.
-                expected = re.sub(r',"system_fingerprint":"[^"]*"', "", expected)
-                through = re.sub(r',"system_fingerprint":"[^"]*"', "", through)
-                assert len(same_for_all(through).split("\n\n")) == len(same_for_all(expected).split("\n\n"))
-            elif "usage" not in json.dumps(body.get("stream_options", {})):
-                assert same_for_all(through) == same_for_all(expected)
+                assert '"usage"' not in through
+                continue
+            assert text_of(through) == text_of(expected)
+            if "continuous_usage_stats" not in json.dumps(body):
+                assert form_of(through) == form_of(expected)
             else:
-                assert through.count('"usage":{') == expected.count('"usage":{')
-                assert text_of(through) == text_of(expected)
+                assert through.count('"usage":{') == through.count('"object"')
         for route in (CHAT, COMPLETIONS):
             await fetch(it.url + route, asked(route), it.headers)
         assert all(each.counts.exact for each in it.usages)
@@ -206,7 +218,7 @@ async def test_responses_messages_and_tokens(engines: list[Engine]) -> None:
         cluster(urls=urls) as it,
         openai.AsyncOpenAI(api_key=it.api_key, base_url=f"{it.url}/v1", max_retries=0) as client,
     ):
-        question = "What is a millrace?"
+        question = "What is Millrace?"
         first = await client.responses.create(
             model=DEPLOYMENT, input=question, max_output_tokens=8, temperature=0
         )
@@ -256,35 +268,34 @@ async def test_responses_messages_and_tokens(engines: list[Engine]) -> None:
 async def test_a_killed_engine_costs_no_stream(engines: list[Engine]) -> None:
     """Last: it kills one of the two."""
     urls = await ready(engines)
-    routes = [CHAT, COMPLETIONS] * 4
-    limit = 500
-    undisturbed = {
-        route: text_of(await fetch(urls[1] + route, asked(route, stream=True, max_tokens=limit)))
-        for route in (CHAT, COMPLETIONS)
+    tokens = json.loads(await fetch(f"{urls[1]}/tokenize", {"model": DEPLOYMENT, "messages": QUESTION}))
+    text = {"model": DEPLOYMENT, "tokens": tokens["tokens"]}
+    prompt = json.loads(await fetch(f"{urls[1]}/detokenize", text))["prompt"]
+    # Up to the end that the model gives its answer: what it says beyond is noise, and noise is never the same.
+    common = {
+        "max_tokens": 200,
+        "ignore_eos": False,
+        "stream": True,
+        "stream_options": {"include_usage": True},
     }
+    requests = [(CHAT, asked(CHAT, **common)), (COMPLETIONS, asked(COMPLETIONS, **common, prompt=prompt))] * 8
+    undisturbed = {route: await fetch(urls[1] + route, body) for route, body in requests[:2]}
     async with cluster(urls=urls, stream_continuation=True) as it:
-        tasks = [
-            asyncio.create_task(
-                fetch(
-                    it.url + route,
-                    asked(route, stream=True, max_tokens=limit, stream_options={"include_usage": True}),
-                    it.headers,
-                )
-            )
-            for route in routes
-        ]
+        tasks = [asyncio.create_task(fetch(it.url + route, body, it.headers)) for route, body in requests]
 
         async def generating() -> bool:
-            return await engines[0].counter("vllm:generation_tokens_total") > begun + 100
+            return await engines[0].counter("vllm:generation_tokens_total") > begun + 40
 
         begun = await engines[0].counter("vllm:generation_tokens_total")
         await eventually(generating, timeout_seconds=60)
-        assert it.router.director.loads.in_flight("chat-0") == 4
         engines[0].kill()
         streams = await asyncio.gather(*tasks)
-        for route, stream in zip(routes, streams, strict=True):
-            assert text_of(stream) == undisturbed[route]
-            assert f'"completion_tokens":{limit}' in stream
+        for (route, _), stream in zip(requests, streams, strict=True):
+            assert text_of(stream) == text_of(undisturbed[route])
+            assert usage_of(stream) == usage_of(undisturbed[route])
+            assert stream.endswith("data: [DONE]\n\n")
         assert {each.outcome for each in it.usages} == {UsageOutcome.COMPLETE}
-        assert [each.counts.completion for each in it.usages] == [limit] * len(routes)
-        assert await it.metric('millrace_router_retries_total{cause="stream_broken"}') == 4
+        assert all(each.counts.exact for each in it.usages)
+        continued = await it.metric('millrace_router_retries_total{cause="stream_broken"}')
+        sys.stdout.write(f"{len(requests)} streams, {continued:g} continued, none failed\n")
+        assert continued >= 1

@@ -28,7 +28,7 @@ _SPECIAL_TEXT = {MESSAGE_START: "<|im_start|>", MESSAGE_END: "<|im_end|>"}
 
 # The echo repeats the message in circles, so its first kilobyte is enough to tell messages apart.
 _ECHO_CHARACTERS = 1024
-# An answer is recognised in a prompt by this much of it, about a token.
+# An answer is recognised in a prompt from this much of it on, about a token; less is taken for prompt.
 _REPEAT_CHARACTERS = 4
 _ECHO_FALLBACK = "the simulator answers"
 
