@@ -51,7 +51,7 @@ _FIELDS: Mapping[str, Callable[[object], bool]] = {
             *("model", "messages", "prompt", "stream", "stream_options", "user", "metadata", "store"),
             *("seed", "service_tier", "safety_identifier", "prompt_cache_key", "cache_salt", "priority"),
             *("request_id", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "logit_bias"),
-            *("bad_words", "stop", "stop_token_ids", "ignore_eos", "chat_template_kwargs"),
+            *("bad_words", "stop", "stop_token_ids", "chat_template_kwargs"),
             *("skip_special_tokens", "spaces_between_special_tokens"),
             # These shrink.
             *("max_tokens", "max_completion_tokens", "min_tokens"),
@@ -62,6 +62,8 @@ _FIELDS: Mapping[str, Callable[[object], bool]] = {
     **dict.fromkeys(("n", "best_of"), _one),
     **dict.fromkeys(("logprobs", "top_logprobs", "prompt_logprobs", "echo", "tools", "functions"), _falsy),
     **dict.fromkeys(("use_beam_search", "return_token_ids", "include_stop_str_in_output"), _falsy),
+    # Ends that an engine ignores are not in the text: the second engine would not know of them.
+    "ignore_eos": _falsy,
     **dict.fromkeys(("tool_choice", "function_call"), _is_none_choice),
     "parallel_tool_calls": _any,
     "response_format": _plain_text,

@@ -131,10 +131,10 @@ def text_of(stream: str) -> str:
 
 
 def usage_of(stream: str) -> tuple[int, int]:
-    (usage,) = re.findall(
-        r'"usage":{"prompt_tokens":(\d+),"total_tokens":\d+,"completion_tokens":(\d+)', stream
-    )
-    return int(usage[0]), int(usage[1])
+    pattern = r'"usage":({"prompt_tokens":\d+,"total_tokens":\d+,"completion_tokens":\d+)'
+    (usage,) = re.findall(pattern, stream)
+    told = json.loads(usage + "}")
+    return told["prompt_tokens"], told["completion_tokens"]
 
 
 async def counted(engines: list[Engine]) -> tuple[int, int]:
@@ -271,7 +271,7 @@ async def test_a_killed_engine_costs_no_stream(engines: list[Engine]) -> None:
     tokens = json.loads(await fetch(f"{urls[1]}/tokenize", {"model": DEPLOYMENT, "messages": QUESTION}))
     text = {"model": DEPLOYMENT, "tokens": tokens["tokens"]}
     prompt = json.loads(await fetch(f"{urls[1]}/detokenize", text))["prompt"]
-    # Up to the end that the model gives its answer: what it says beyond is noise, and noise is never the same.
+    # Up to the end that the model gives its answer.
     common = {
         "max_tokens": 200,
         "ignore_eos": False,

@@ -28,6 +28,7 @@ MESSAGES = [{"role": "user", "content": "Hi"}]
         ({"continue_final_message": True}, "continue_final_message"),
         ({"add_generation_prompt": False}, "add_generation_prompt"),
         ({"return_token_ids": True}, "return_token_ids"),
+        ({"ignore_eos": True}, "ignore_eos"),
         ({"x" * 100: 1}, "x" * 64),
     ],
 )
