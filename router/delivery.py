@@ -18,7 +18,7 @@ from router.metering.stream import Meter
 from router.openai.body import ParsedBody
 from router.openai.response_ids import name_response
 from router.openai.routes import INFERENCE_ROUTES, RESPONSES, Route, Shape, shape_of
-from router.openai.shapes import ErrorTranslator, closing_error
+from router.openai.shapes import ErrorTranslator, closing_error, translated
 from router.openai.sse import is_event_stream
 from router.record import RequestRecord
 from router.upstream.answer import Answer
@@ -71,9 +71,15 @@ class Delivery:
         return 0 if self._joined is None else self._joined.continuations
 
     def body_for(self, endpoint: Endpoint) -> bytes:
-        """Returns what an engine is sent."""
+        """Returns what an engine is sent.
+
+        Raises:
+            AttemptFailed: The engine could not go on with the stream.
+        """
         name = endpoint.served_model_name or self._parsed.model
         if self._joined is not None:
+            if endpoint.engine not in CONTINUING_ENGINES:
+                raise AttemptFailed(Cause.CONTINUATION_REFUSED, f"{endpoint.engine or 'the engine'} cannot")
             body = self._parsed.renamed(self._joined.next_body(), name)
             return self.meter.body_for(body, endpoint.engine)
         body = self._bodies.get((name, endpoint.engine), b"")
@@ -84,6 +90,10 @@ class Delivery:
         if self._route is RESPONSES:
             return name_response(body, self._parsed.document, endpoint)
         return body
+
+    def translated(self, status: int, body: bytes) -> bytes:
+        """Returns an engine's own error in the shape of the route."""
+        return translated(self._route.shape, status, body, self._record.request_id)
 
     async def deliver(self, answer: Answer, endpoint: Endpoint, *, may_continue: bool) -> Outcome:
         """Relays an answer and ends the client's, completely or not.

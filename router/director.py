@@ -443,6 +443,7 @@ class Director:
             errors.REASON_HEADER: Reason.ENGINE_ERROR.value,
             ENDPOINT_HEADER: call.record.endpoint,
         }
-        call.downstream.start(answer.status, headers, length=len(answer.body))
-        call.downstream.write(answer.body)
+        body = call.delivery.translated(answer.status, answer.body)
+        call.downstream.start(answer.status, headers, length=len(body))
+        call.downstream.write(body)
         await end_answer(call.downstream, client_stall_seconds=self._timeouts.idle_seconds)

@@ -116,6 +116,16 @@ async def test_errors_of_messages_have_anthropics_shape(
     assert document["request_id"] == response.headers["x-request-id"]
 
 
+async def test_an_engine_that_is_busy_says_so_in_anthropics_shape() -> None:
+    busy = b'{"error":{"message":"queue full","type":"Service Unavailable","param":null,"code":503}}'
+    async with FakeEngine(answers(503, busy)) as engine, cluster(urls=[engine.url]) as it:
+        body = {"model": DEPLOYMENT, "messages": []}
+        async with it.client.post(f"{it.url}/v1/messages", json=body, headers=it.headers) as response:
+            assert response.status == 503
+            assert (await response.json())["error"] == {"type": "overloaded_error", "message": "queue full"}
+        assert engine.requests[0].headers["accept-encoding"] == "identity"
+
+
 @pytest.mark.parametrize(
     ("route", "expected"),
     [

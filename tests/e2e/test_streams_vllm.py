@@ -284,15 +284,19 @@ async def test_a_killed_engine_costs_no_stream(engines: list[Engine]) -> None:
     requests = [(CHAT, asked(CHAT, **common)), (COMPLETIONS, asked(COMPLETIONS, **common, prompt=prompt))] * 8
     undisturbed = {route: await fetch(urls[1] + route, body) for route, body in requests[:2]}
     async with cluster(urls=urls, stream_continuation=True) as it:
-        tasks = [asyncio.create_task(fetch(it.url + route, body, it.headers)) for route, body in requests]
 
-        async def generating() -> bool:
-            return await engines[0].counter("vllm:generation_tokens_total") > begun + 40
+        async def read(route: str, body: dict[str, Any]) -> str:
+            """Reads a stream, and kills its engine once it is well under way, if that is the first one."""
+            lines: list[bytes] = []
+            async with it.client.post(it.url + route, json=body, headers=it.headers) as response:
+                async for line in response.content:
+                    lines.append(line)
+                    killed = engines[0].process.poll() is not None
+                    if len(lines) > 12 and not killed and response.headers["x-millrace-endpoint"] == "chat-0":
+                        engines[0].kill()
+            return b"".join(lines).decode()
 
-        begun = await engines[0].counter("vllm:generation_tokens_total")
-        await eventually(generating, timeout_seconds=60)
-        engines[0].kill()
-        streams = await asyncio.gather(*tasks)
+        streams = await asyncio.gather(*(read(route, body) for route, body in requests))
         for (route, _), stream in zip(requests, streams, strict=True):
             assert text_of(stream) == text_of(undisturbed[route])
             assert usage_of(stream) == usage_of(undisturbed[route])
