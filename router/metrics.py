@@ -116,18 +116,6 @@ class RouterMetrics:
             ["owner"],
             registry=self._registry,
         )
-        self._tokens = Counter(
-            "millrace_router_tokens",
-            "Tokens of requests that engines answered, by kind (cached ones are also in prompt) and outcome.",
-            ["kind", "outcome"],
-            registry=self._registry,
-        )
-        self._metered = Counter(
-            "millrace_router_metered_requests",
-            "Requests that were sent to an engine, by outcome and by whether their tokens are known exactly.",
-            ["outcome", "exact"],
-            registry=self._registry,
-        )
         self._view_age = Gauge(
             "millrace_router_view_age_seconds",
             "Time since the store was last heard; infinite before the first time.",
@@ -149,6 +137,7 @@ class RouterMetrics:
             "millrace_router_prefix_index_bytes", "Memory of the prefix index, estimated."
         )
         self._register_waiting()
+        self._register_usage()
         self._begin_series()
         self._open = 0
         # Bounded like the labels: closed sets, all of them.
@@ -163,6 +152,20 @@ class RouterMetrics:
         for owner in Owner:
             self._upstream_errors.labels(owner.value)
         self.view_changed(View())
+
+    def _register_usage(self) -> None:
+        self._tokens = Counter(
+            "millrace_router_tokens",
+            "Tokens of requests that engines answered, by kind (cached ones are also in prompt) and outcome.",
+            ["kind", "outcome"],
+            registry=self._registry,
+        )
+        self._metered = Counter(
+            "millrace_router_metered_requests",
+            "Requests that were sent to an engine, by outcome and by whether their tokens are known exactly.",
+            ["outcome", "exact"],
+            registry=self._registry,
+        )
 
     def _register_waiting(self) -> None:
         self._queued = self._sum(
