@@ -32,10 +32,13 @@ from router.access_log import AccessLog
 from router.decisions.render import render_decision
 from router.decisions.siblings import Siblings
 from router.director import Director
+from router.metering.usage import UsageSink
 from router.metrics import MULTIPROCESS_VARIABLE, RouterMetrics
 from router.openai import errors
 from router.openai.errors import Reason, Refusal
-from router.openai.surface import INFERENCE_ROUTES, OpenAISurface, refusal_of_http, refusal_response
+from router.openai.routes import INFERENCE_ROUTES, shape_of
+from router.openai.shapes import refusal_body
+from router.openai.surface import OpenAISurface, refusal_of_http, refusal_response
 from router.picking.contract import Strategy
 from router.record import CLIENT_CLOSED_REQUEST, RECORD, RequestRecord
 from router.settings import RouterSettings
@@ -83,6 +86,7 @@ class RouterApplication:
         admin_token: str = "",
         agent_token: str = "",
         metrics: RouterMetrics | None = None,
+        usage_sink: UsageSink | None = None,
     ) -> None:
         self.metrics = metrics or RouterMetrics()
         self._access_log = AccessLog()
@@ -108,6 +112,7 @@ class RouterApplication:
             requests_in_flight_max=settings.requests_in_flight_max,
             exact=self._exact,
             bounds=settings.bounds(),
+            usage_sink=usage_sink,
         )
         folder = os.environ.get(MULTIPROCESS_VARIABLE)
         self._siblings = Siblings(None if folder is None else Path(folder), self._decision)
@@ -233,7 +238,7 @@ class RouterApplication:
         if downstream.started:
             downstream.abort()
             return
-        body = refusal.body()
+        body = refusal_body(refusal, shape_of(record.route), record.request_id)
         downstream.closes = refusal.headers.get(hdrs.CONNECTION) == "close"
         headers = {name: value for name, value in refusal.headers.items() if name != hdrs.CONNECTION}
         downstream.start(
@@ -289,7 +294,7 @@ class RouterApplication:
     @staticmethod
     def _refuse(refusal: Refusal, record: RequestRecord) -> web.Response:
         record.reason, record.status = refusal.why, refusal.status
-        return refusal_response(refusal)
+        return refusal_response(refusal, record)
 
     def _open_record(self, request: web.Request) -> RequestRecord:
         resource = request.match_info.route.resource

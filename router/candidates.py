@@ -93,6 +93,10 @@ class Candidates:
         if deployment is None:
             return None
         usable = self.eligible(deployment, call.tried)
+        if call.pinned:
+            # Only one of them remembers what is asked for, however it does.
+            own = (each for each in deployment.endpoints if each.replica == call.pinned)
+            usable = tuple(each for each in own if each.identity not in call.tried)
         free = self.gate.saturation.free(usable, self._loads.in_flight)
         if not free and call.attempts:
             # It has waited at an engine already: it does not stand in line again.
@@ -135,6 +139,9 @@ class Candidates:
 
     def divert(self, call: Call) -> Candidate | None:
         """Chooses an endpoint of a fall-back that has room; the request is the fall-back's from then on."""
+        if call.pinned or call.downstream.started:
+            # Another model neither remembers what this one said nor goes on in its words.
+            return None
         context = call.context
         deployment = self._source.view.deployment(context.namespace, context.deployment)
         seen = {context.deployment}

@@ -6,6 +6,7 @@ no room waits at the gate, once; where that does not help, its deployment's fall
 endpoint is tried only before the first byte has gone to the client (law 6).
 """
 
+import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -19,8 +20,12 @@ from router.admission.split import Splitter
 from router.admission.waiter import waiter_of
 from router.call import Call
 from router.candidates import Candidates
+from router.delivery import Delivery
+from router.downstream import Downstream
+from router.metering.usage import Usage, UsageOutcome, UsageSink
 from router.metrics import RouterMetrics
 from router.openai import errors
+from router.openai.body import ParsedBody
 from router.openai.errors import Reason
 from router.picking.contract import Candidate, Strategy
 from router.prefix.exact.index import ExactIndex
@@ -32,7 +37,7 @@ from router.upstream.forward import Forwarder, Timeouts
 from router.upstream.headers import ENDPOINT_HEADER, request_headers
 from router.upstream.health import DEFAULT_BREAKER, Breaker, EndpointHealth
 from router.upstream.loads import LoadTable
-from router.upstream.relay import Outcome, break_off, end_answer, relay, start_answer
+from router.upstream.relay import Outcome, end_answer
 from router.view.source import ViewSource
 from router.view.view import Alias, Deployment, Endpoint, Miss, Tenant, View
 
@@ -42,6 +47,8 @@ _log = structlog.get_logger(__name__)
 ATTEMPTS_MAX = 3
 # A replacement that is about to be published arrives within this, or not in the client's interest.
 FRESH_ENDPOINT_WAIT_SECONDS = 1.0
+# 48 bits tell a tenant's keys apart, and give nothing away.
+KEY_HASH_PREFIX_CHARACTERS = 12
 
 
 class Director:
@@ -67,7 +74,10 @@ class Director:
         requests_in_flight_max: int,
         bounds: Bounds,
         exact: ExactIndex | None = None,
+        usage_sink: UsageSink | None = None,
     ) -> None:
+        """Takes what it works with; usage goes to the metrics where no other sink is given."""
+        self._usage_sink: UsageSink = metrics if usage_sink is None else usage_sink
         self.loads = loads
         self.health = EndpointHealth(clock)
         self.budget = RetryBudget(clock)
@@ -155,12 +165,55 @@ class Director:
             raise errors.model_ambiguous(model, tenant.declared[model])
         raise errors.model_not_found(model)
 
+    def delivery(
+        self, body: bytes, parsed: ParsedBody, downstream: Downstream, record: RequestRecord
+    ) -> Delivery:
+        """Makes what brings the answer to a request to its client."""
+        return Delivery(
+            body,
+            parsed,
+            downstream=downstream,
+            record=record,
+            client_stall_seconds=self._timeouts.idle_seconds,
+        )
+
     async def forward(self, call: Call) -> None:
         """Sends a request to one endpoint after the other until one answers, and relays that answer.
 
         Raises:
             Refusal: None did.
         """
+        try:
+            await self._forward(call)
+        except asyncio.CancelledError:
+            # The client has left; whatever has gone to it counts.
+            call.delivery.meter.outcome = UsageOutcome.CLIENT_GONE
+            raise
+        finally:
+            self._settle(call)
+
+    def _settle(self, call: Call) -> None:
+        """Hands on what a request used, once, if any engine got it."""
+        meter, record = call.delivery.meter, call.record
+        if not call.attempts or not meter.metered:
+            return
+        record.counts = meter.counts()
+        self._usage_sink.take(
+            Usage(
+                request_id=record.request_id,
+                namespace=call.context.namespace,
+                key_hash_prefix=record.key_hash[:KEY_HASH_PREFIX_CHARACTERS],
+                deployment=call.context.deployment,
+                model=call.parsed.model,
+                route=call.context.route,
+                tier=record.tier.name.lower(),
+                counts=record.counts,
+                outcome=meter.outcome,
+                latency_ms=(self._clock.monotonic() - record.started_seconds) * 1000,
+            )
+        )
+
+    async def _forward(self, call: Call) -> None:
         self.budget.request()
         self.candidates.lane(call).count_in(call.record.started_seconds)
         if self._exact is not None:
@@ -173,6 +226,9 @@ class Director:
                     await self._give_up(call, failure)
                     return
                 if not self.budget.take():
+                    if call.downstream.started:
+                        await self._give_up(call, failure)
+                        return
                     raise errors.retry_budget_exhausted(call.parsed.model, failure.cause.value)
                 self._metrics.retried(failure.cause)
             assert candidate is not None, "a first attempt has one, or was refused"
@@ -181,8 +237,10 @@ class Director:
                 return
             except AttemptFailed as error:
                 failure = error
+                if call.downstream.started:
+                    call.deadline_seconds = None
                 self._failed(call, candidate.endpoint, error)
-            if not failure.retryable or call.attempts >= ATTEMPTS_MAX:
+            if not failure.retryable or call.attempts >= ATTEMPTS_MAX + call.delivery.continuations:
                 await self._give_up(call, failure)
                 return
 
@@ -269,7 +327,7 @@ class Director:
         call.tried.add(endpoint.identity)
         call.attempts += 1
         record.attempts = call.attempts
-        body = call.body_for(endpoint)
+        body = call.delivery.body_for(endpoint)
         headers = request_headers(
             call.headers, request_id=record.request_id, trace_parent=record.trace_parent
         )
@@ -279,13 +337,19 @@ class Director:
         try:
             with self.health.probe(endpoint), call.selector.send(call.context, candidate) as flight:
                 answer = await self._forwarder.attempt(
-                    endpoint, call.path, body=body, headers=headers, stream=call.parsed.stream
+                    endpoint,
+                    call.path,
+                    body=body,
+                    headers=headers,
+                    stream=call.parsed.stream,
+                    method=call.method,
                 )
                 try:
                     flight.first_byte()
                     self._answered(call, endpoint, answer)
-                    start_answer(answer, call.downstream, record)
-                    outcome = await self._relay(call, answer)
+                    outcome = await call.delivery.deliver(
+                        answer, endpoint, may_continue=self._continues(endpoint)
+                    )
                 finally:
                     answer.release()
         finally:
@@ -306,28 +370,17 @@ class Director:
             self.candidates.lane(call).first_tokens.add(record.first_byte_seconds, now)
         self.health.succeeded(endpoint)
 
-    async def _relay(self, call: Call, answer: Answer) -> Outcome:
-        """Relays an answer and ends the client's, completely or not."""
-        stall_seconds = self._timeouts.idle_seconds
-        outcome = await relay(answer, call.downstream, client_stall_seconds=stall_seconds)
-        if outcome is Outcome.COMPLETE:
-            return await end_answer(call.downstream, client_stall_seconds=stall_seconds)
-        if outcome in (Outcome.BROKEN, Outcome.IDLE):
-            said = "The engine stopped sending."
-            if outcome is Outcome.BROKEN:
-                said = f"The engine's answer broke off: {answer.failure}"
-            break_off(call.downstream, said)
-        return outcome
-
     def _account(self, call: Call, endpoint: Endpoint, outcome: Outcome) -> None:
         match outcome:
             case Outcome.COMPLETE:
-                return
+                self._completed(call, endpoint)
             case Outcome.CLIENT_GONE:
+                call.delivery.meter.outcome = UsageOutcome.CLIENT_GONE
                 call.record.reason = Reason.CLIENT_DISCONNECTED
                 call.record.status = CLIENT_CLOSED_REQUEST
                 self._metrics.upstream_error(Owner.CLIENT)
             case Outcome.CLIENT_STALLED:
+                call.delivery.meter.outcome = UsageOutcome.CLIENT_GONE
                 call.record.reason = Reason.CLIENT_STALLED
                 self._metrics.upstream_error(Owner.CLIENT)
             case Outcome.BROKEN:
@@ -342,6 +395,31 @@ class Director:
     def _breaker(self, endpoint: Endpoint) -> Breaker:
         deployment = self._source.view.deployment(endpoint.namespace, endpoint.deployment)
         return DEFAULT_BREAKER if deployment is None else Breaker.of(deployment.routing)
+
+    def _continues(self, endpoint: Endpoint) -> bool:
+        deployment = self._source.view.deployment(endpoint.namespace, endpoint.deployment)
+        return deployment is not None and deployment.routing.stream_continuation
+
+    def _completed(self, call: Call, endpoint: Endpoint) -> None:
+        """Takes account of an answer that came whole, which may still say inside that it failed."""
+        if call.delivery.failure is not None:
+            self._failed(call, endpoint, call.delivery.failure)
+        message, is_clients = call.delivery.meter.failure
+        if not message:
+            if call.record.status < 400:
+                call.delivery.meter.outcome = UsageOutcome.COMPLETE
+            return
+        call.record.reason = Reason.ENGINE_CLIENT_ERROR if is_clients else Reason.ENGINE_ERROR
+        self._metrics.upstream_error(Owner.CLIENT if is_clients else Owner.ENGINE)
+        if not is_clients:
+            self.health.failed(endpoint, self._breaker(endpoint))
+            _log.warning(
+                "engine reported an error inside its answer",
+                request_id=call.record.request_id,
+                endpoint=endpoint.replica,
+                node=endpoint.node,
+                error=message,
+            )
 
     def _failed(self, call: Call, endpoint: Endpoint, error: AttemptFailed) -> None:
         self._metrics.upstream_error(error.owner)
@@ -360,6 +438,10 @@ class Director:
     async def _give_up(self, call: Call, failure: AttemptFailed) -> None:
         """Answers a request that no endpoint took: passes on the engine's word or refuses."""
         model = call.parsed.model
+        if call.downstream.started:
+            own = await call.delivery.abandon(failure)
+            call.record.reason = Reason.ENGINE_ERROR if own else Reason.UPSTREAM_BROKEN
+            return
         if failure.answer is not None:
             await self._pass_on(call, failure.answer)
             return
@@ -378,6 +460,7 @@ class Director:
             errors.REASON_HEADER: Reason.ENGINE_ERROR.value,
             ENDPOINT_HEADER: call.record.endpoint,
         }
-        call.downstream.start(answer.status, headers, length=len(answer.body))
-        call.downstream.write(answer.body)
+        body = call.delivery.translated(answer.status, answer.body)
+        call.downstream.start(answer.status, headers, length=len(body))
+        call.downstream.write(body)
         await end_answer(call.downstream, client_stall_seconds=self._timeouts.idle_seconds)

@@ -9,10 +9,12 @@ With several workers each writes its numbers to files that any of them adds up f
 import os
 from bisect import bisect_left
 from collections import Counter as Tally
+from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, multiprocess
 
 from core.telemetry import render_metrics
+from router.metering.usage import Usage
 from router.upstream.failures import Cause, Owner
 from router.view.view import EndpointState, View
 
@@ -51,6 +53,23 @@ class _Times:
             if count:
                 value.inc(count)
         histogram._sum.inc(self._sum_seconds)  # noqa: SLF001 - as above
+
+
+@dataclass(slots=True)
+class _Used:
+    """Usage of many requests.
+
+    Attributes:
+        requests: How many.
+        prompt: Tokens of their prompts.
+        completion: Tokens produced.
+        cached: Tokens of prompts that came from a cache.
+    """
+
+    requests: int = 0
+    prompt: int = 0
+    completion: int = 0
+    cached: int = 0
 
 
 class RouterMetrics:
@@ -118,11 +137,13 @@ class RouterMetrics:
             "millrace_router_prefix_index_bytes", "Memory of the prefix index, estimated."
         )
         self._register_waiting()
+        self._register_usage()
         self._begin_series()
         self._open = 0
         # Bounded like the labels: closed sets, all of them.
         self._ended: dict[tuple[str, int, str], int] = {}
         self._times: dict[str, tuple[_Times, _Times]] = {}
+        self._used: dict[tuple[str, str], _Used] = {}
 
     def _begin_series(self) -> None:
         """Makes the series of closed sets: an alert on a rate must not miss the first event."""
@@ -131,6 +152,20 @@ class RouterMetrics:
         for owner in Owner:
             self._upstream_errors.labels(owner.value)
         self.view_changed(View())
+
+    def _register_usage(self) -> None:
+        self._tokens = Counter(
+            "millrace_router_tokens",
+            "Tokens of requests that engines answered, by kind (cached ones are also in prompt) and outcome.",
+            ["kind", "outcome"],
+            registry=self._registry,
+        )
+        self._metered = Counter(
+            "millrace_router_metered_requests",
+            "Requests that were sent to an engine, by outcome and by whether their tokens are known exactly.",
+            ["outcome", "exact"],
+            registry=self._registry,
+        )
 
     def _register_waiting(self) -> None:
         self._queued = self._sum(
@@ -194,6 +229,11 @@ class RouterMetrics:
             if first_bytes.taken:
                 first_bytes.move_to(self._first_byte.labels(route))
         self._times.clear()
+        for (outcome, exact), used in self._used.items():
+            self._metered.labels(outcome, exact).inc(used.requests)
+            for kind in ("prompt", "completion", "cached"):
+                self._tokens.labels(kind, outcome).inc(getattr(used, kind))
+        self._used.clear()
 
     def retried(self, cause: Cause) -> None:
         """Counts a repeated attempt."""
@@ -202,6 +242,18 @@ class RouterMetrics:
     def upstream_error(self, owner: Owner) -> None:
         """Counts an error by its owner."""
         self._upstream_errors.labels(owner.value).inc()
+
+    def take(self, usage: Usage) -> None:
+        """Counts the usage of one request; implements `UsageSink`."""
+        counts = usage.counts
+        key = (usage.outcome.value, "yes" if counts.exact else "no")
+        used = self._used.get(key)
+        if used is None:
+            used = self._used[key] = _Used()
+        used.requests += 1
+        used.prompt += counts.prompt or 0
+        used.completion += counts.completion or 0
+        used.cached += counts.cached or 0
 
     def view_changed(self, view: View) -> None:
         """Takes the numbers of a new view."""

@@ -9,6 +9,7 @@ from aiohttp import web
 
 from core.clock import Clock
 from router.access_log import AccessLog
+from router.metering.usage import UNKNOWN, TokenCounts
 from router.metrics import RouterMetrics
 from router.openai.errors import Reason
 from router.view.view import Tier
@@ -43,6 +44,7 @@ class RequestRecord:
         first_byte_seconds: Until the engine's first byte; None where there was none.
         why: Why the endpoint was chosen; empty where none was.
         queue_seconds: How long it waited for room.
+        counts: Tokens that it used.
     """
 
     request_id: str
@@ -66,6 +68,7 @@ class RequestRecord:
     first_byte_seconds: float | None = None
     why: str = ""
     queue_seconds: float = 0.0
+    counts: TokenCounts = UNKNOWN
     _closed: bool = field(default=False, repr=False)
 
     def end(self, metrics: RouterMetrics, log: AccessLog, clock: Clock) -> None:
@@ -103,6 +106,9 @@ class RequestRecord:
                 "tier": self.tier.name.lower(),
                 "why": self.why,
                 "queue_ms": round(self.queue_seconds * 1000, 3),
+                "prompt_tokens": self.counts.prompt,
+                "completion_tokens": self.counts.completion,
+                "cached_tokens": self.counts.cached,
             },
             quiet=self.quiet,
         )

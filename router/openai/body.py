@@ -29,6 +29,22 @@ class ParsedBody:
     stream: bool
     document: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
+    def renamed(self, body: bytes, model: str) -> bytes:
+        """Returns the body with another model name.
+
+        Raises:
+            Refusal: Nested too deeply to be walked.
+        """
+        return rename_model(body, model)
+
+
+class BareBody(ParsedBody):
+    """A body that says nothing to the router, as of a request that has none."""
+
+    def renamed(self, body: bytes, model: str) -> bytes:  # noqa: ARG002 - it names no model
+        """Returns the body as it is."""
+        return body
+
 
 def parse_body(body: bytes) -> ParsedBody:
     """Reads model and stream.
@@ -69,14 +85,28 @@ def rename_model(body: bytes, model: str) -> bytes:
     Raises:
         Refusal: Nested too deeply to be walked.
     """
+    return replace_member(body, "model", orjson.dumps(model))
+
+
+def replace_member(body: bytes, name: str, value: bytes) -> bytes:
+    """Replaces the value of a top-level member, leaving every other byte as it is.
+
+    Args:
+        body: A body that `parse_body` has accepted.
+        name: Of the member; a body without it is returned unchanged.
+        value: New value, as JSON.
+
+    Raises:
+        Refusal: Nested too deeply to be walked.
+    """
     text = body.decode()
-    replacement = orjson.dumps(model).decode()
+    replacement = value.decode()
     pieces: list[str] = []
     copied = 0
     try:
         for key, start, end in _members(text):
             # A name may stand twice, and decoders differ in which one they believe.
-            if key == "model":
+            if key == name:
                 pieces += [text[copied:start], replacement]
                 copied = end
     except RecursionError as error:

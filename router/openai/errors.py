@@ -37,6 +37,7 @@ class Reason(StrEnum):
     ALIAS_WITHOUT_DEPLOYMENT = "alias_without_deployment"
     PARAMETER_INVALID = "parameter_invalid"
     ROUTE_UNKNOWN = "route_unknown"
+    RESPONSE_NOT_FOUND = "response_not_found"
     METHOD_NOT_ALLOWED = "method_not_allowed"
     REQUEST_INVALID = "request_invalid"
     DECISION_UNKNOWN = "decision_unknown"
@@ -241,6 +242,18 @@ def decision_unknown(request_id: str) -> Refusal:
         f"No decision for the request id `{request_id[:200]}` is kept here: another router served it, it "
         "went to no engine, or later requests have displaced it.",
         code="not_found",
+    )
+
+
+def response_not_found(response_id: str) -> Refusal:
+    """No engine of this key's namespace made such a response, or it is gone."""
+    return Refusal(
+        404,
+        Reason.RESPONSE_NOT_FOUND,
+        f"Response with id `{response_id[:100]}` was not found: no engine that serves now made it. "
+        "Responses live in the engine that made them, as long as it runs, under the id that it gave them.",
+        code="response_not_found",
+        param="response_id",
     )
 
 

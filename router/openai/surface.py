@@ -1,7 +1,7 @@
 """The OpenAI routes: what is served, and how a request becomes a call of the director.
 
-In come HTTP requests, out go answers in OpenAI's shape, errors included: unknown routes, wrong methods,
-malformed bodies. Models are listed from the view; no engine is asked.
+In come HTTP requests, out go answers in the shape of their route (mostly OpenAI's), errors included: unknown
+routes, wrong methods, malformed bodies. Models are listed from the view; no engine is asked.
 """
 
 from typing import Any
@@ -13,21 +13,27 @@ from router.call import Call
 from router.director import Director
 from router.downstream import Downstream, Incoming
 from router.openai import errors
-from router.openai.body import ParsedBody, parse_body
+from router.openai.body import BareBody, ParsedBody, parse_body
 from router.openai.errors import Reason, Refusal
 from router.openai.http import AiohttpDownstream, AiohttpRequest
+from router.openai.multipart import is_multipart, parse_multipart
+from router.openai.response_ids import endpoint_of_response
+from router.openai.routes import INFERENCE_ROUTES, RESPONSE_CANCEL_ROUTE, RESPONSE_ROUTE, shape_of
+from router.openai.shapes import refusal_body
 from router.picking.contract import RequestContext
+from router.prefix.prompt import Prompt
 from router.record import RECORD, RequestRecord
 from router.view.view import Alias, Deployment, Tenant
 from router.wire.headers import RequestHeaders
 
-INFERENCE_ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings")
 SESSION_HEADER = "x-session-id"
 MODELS_ROUTE = "/v1/models"
 MODEL_ROUTE = "/v1/models/{model}"
 
 SUPPORTED = (
     *(f"POST {route}" for route in INFERENCE_ROUTES),
+    f"GET {RESPONSE_ROUTE}",
+    f"POST {RESPONSE_CANCEL_ROUTE}",
     f"GET {MODELS_ROUTE}",
     f"GET {MODEL_ROUTE}",
     "GET /health",
@@ -48,51 +54,106 @@ class OpenAISurface:
         """Registers the routes."""
         for route in INFERENCE_ROUTES:
             router.add_post(route, self._infer)
+        router.add_get(RESPONSE_ROUTE, self._look_up, allow_head=False)
+        router.add_post(RESPONSE_CANCEL_ROUTE, self._look_up)
         router.add_get(MODELS_ROUTE, self.list_models, allow_head=False)
         # Declared model ids hold slashes.
         router.add_get("/v1/models/{model:.+}", self.get_model, allow_head=False)
 
     async def infer(self, incoming: Incoming, record: RequestRecord, downstream: Downstream) -> None:
-        """Serves chat completions, completions and embeddings: one way for all.
+        """Serves every route that goes to engines: one way for all.
 
         Raises:
             Refusal: Nothing has been written to the client, and this is what it should hear.
         """
         headers = incoming.headers
-        tenant = self._director.authenticate(headers.get("authorization"), record)
+        tenant = self._director.authenticate(_credentials(headers), record)
         with self._director.admit():
             body = await self._read_body(incoming)
-            parsed = parse_body(body)
+            content_type = headers.get("content-type", "")
+            if INFERENCE_ROUTES[record.route].multipart and is_multipart(content_type):
+                parsed: ParsedBody = parse_multipart(body, content_type)
+            else:
+                parsed = parse_body(body)
             record.model, record.stream = parsed.model, parsed.stream
-            session = _session(headers, parsed)
-            deployment = self._director.resolve(tenant, parsed.model, session)
-            record.deployment = deployment.name
-            context = RequestContext(
-                request_id=record.request_id,
-                route=record.route,
+            deployment = self._director.resolve(tenant, parsed.model, _session(headers, parsed))
+            await self._forward(
+                incoming, record, downstream, deployment, body, parsed, pinned=_pinned(parsed, deployment)
+            )
+
+    async def _look_up(self, request: web.Request) -> web.StreamResponse:
+        """Asks the engine that made a response for it, or to cancel it."""
+        downstream = AiohttpDownstream(request)
+        serving = self._find_response(request, AiohttpRequest(request), request[RECORD], downstream)
+        return await downstream.run(serving)
+
+    async def _find_response(
+        self, request: web.Request, incoming: Incoming, record: RequestRecord, downstream: Downstream
+    ) -> None:
+        tenant = self._director.authenticate(_credentials(incoming.headers), record)
+        response_id = request.match_info["response_id"]
+        with self._director.admit():
+            for deployment in tenant.deployments.values():
+                endpoint = endpoint_of_response(response_id, deployment.endpoints)
+                if endpoint is not None:
+                    break
+            else:
+                raise errors.response_not_found(response_id)
+            body = await self._read_body(incoming)
+            parsed = BareBody(model=deployment.name, stream="stream" in request.query)
+            await self._forward(
+                incoming, record, downstream, deployment, body, parsed,
+                pinned=endpoint.replica, method=request.method,
+            )  # fmt: skip
+
+    async def _forward(
+        self,
+        incoming: Incoming,
+        record: RequestRecord,
+        downstream: Downstream,
+        deployment: Deployment,
+        body: bytes,
+        parsed: ParsedBody,
+        *,
+        pinned: str,
+        method: str = "POST",
+    ) -> None:
+        """Hands a request that has been understood to the director."""
+        record.model, record.stream, record.deployment = parsed.model, parsed.stream, deployment.name
+        route = INFERENCE_ROUTES.get(record.route)
+        prompt = Prompt()
+        if route is not None and route.metered:
+            # What is not metered computes nothing, and leaves no prefix behind.
+            prompt = self._director.candidates.selectors.of(deployment).read_prompt(
+                parsed.document,
+                deployment.endpoints,
                 namespace=deployment.namespace,
                 deployment=deployment.name,
-                model=parsed.model,
-                stream=parsed.stream,
-                body=body,
-                prompt=self._director.candidates.selectors.of(deployment).read_prompt(
-                    parsed.document,
-                    deployment.endpoints,
-                    namespace=deployment.namespace,
-                    deployment=deployment.name,
-                ),
-                session=session,
             )
-            await self._director.forward(
-                Call(
-                    path=incoming.path,
-                    headers=headers,
-                    downstream=downstream,
-                    record=record,
-                    context=context,
-                    parsed=parsed,
-                )
+        context = RequestContext(
+            request_id=record.request_id,
+            route=record.route,
+            namespace=deployment.namespace,
+            deployment=deployment.name,
+            model=parsed.model,
+            stream=parsed.stream,
+            body=body,
+            prompt=prompt,
+            session=_session(incoming.headers, parsed),
+        )
+        await self._director.forward(
+            Call(
+                path=incoming.path,
+                headers=incoming.headers,
+                downstream=downstream,
+                record=record,
+                context=context,
+                parsed=parsed,
+                delivery=self._director.delivery(body, parsed, downstream, record),
+                pinned=pinned,
+                method=method,
             )
+        )
 
     async def _infer(self, request: web.Request) -> web.StreamResponse:
         downstream = AiohttpDownstream(request)
@@ -100,7 +161,8 @@ class OpenAISurface:
 
     async def list_models(self, request: web.Request) -> web.StreamResponse:
         """Lists the deployments that the key may use, then the aliases."""
-        tenant = self._director.authenticate(request.headers.get(hdrs.AUTHORIZATION), request[RECORD])
+        headers = RequestHeaders(request.raw_headers)
+        tenant = self._director.authenticate(_credentials(headers), request[RECORD])
         aliases = (each for name, each in sorted(tenant.aliases.items()) if name not in tenant.deployments)
         data = [
             *(_model(each) for each in tenant.deployments.values()),
@@ -111,7 +173,7 @@ class OpenAISurface:
     async def get_model(self, request: web.Request) -> web.StreamResponse:
         """Shows one deployment or alias that the key may use."""
         record = request[RECORD]
-        tenant = self._director.authenticate(request.headers.get(hdrs.AUTHORIZATION), record)
+        tenant = self._director.authenticate(_credentials(RequestHeaders(request.raw_headers)), record)
         record.model = request.match_info["model"]
         found = tenant.resolve(record.model)
         if isinstance(found, Alias):
@@ -132,6 +194,24 @@ class OpenAISurface:
         if body is None:
             raise errors.body_too_large(self._body_bytes_max)
         return body
+
+
+def _credentials(headers: RequestHeaders) -> str | None:
+    """Returns what the client shows: `Authorization`, or Anthropic's `x-api-key` in its place."""
+    shown = headers.get("authorization")
+    if shown:
+        return shown
+    key = headers.get("x-api-key")
+    return f"Bearer {key}" if key else None
+
+
+def _pinned(parsed: ParsedBody, deployment: Deployment) -> str:
+    """Returns the replica that alone remembers what a request goes on from; empty for none."""
+    previous = parsed.document.get("previous_response_id")
+    if previous is None:
+        return ""
+    endpoint = endpoint_of_response(previous, deployment.endpoints)
+    return "" if endpoint is None else endpoint.replica
 
 
 def _session(headers: RequestHeaders, parsed: ParsedBody) -> str:
@@ -167,11 +247,11 @@ def _json(document: dict[str, Any]) -> web.Response:
     return web.Response(body=orjson.dumps(document), content_type="application/json")
 
 
-def refusal_response(refusal: Refusal) -> web.Response:
-    """Renders a refusal."""
+def refusal_response(refusal: Refusal, record: RequestRecord) -> web.Response:
+    """Renders a refusal in the shape of its route."""
     response = web.Response(
         status=refusal.status,
-        body=refusal.body(),
+        body=refusal_body(refusal, shape_of(record.route), record.request_id),
         content_type="application/json",
         headers={errors.REASON_HEADER: refusal.why.value, **refusal.headers},
     )

@@ -24,7 +24,7 @@ class Owner(StrEnum):
 
 
 class Cause(StrEnum):
-    """How an attempt failed before its first byte; label of metrics."""
+    """How an attempt failed; label of metrics."""
 
     CONNECT_REFUSED = "connect_refused"
     CONNECT_TIMEOUT = "connect_timeout"
@@ -35,6 +35,10 @@ class Cause(StrEnum):
     ENGINE_UNAVAILABLE = "engine_unavailable"
     ENGINE_DRAINING = "engine_draining"
     ENGINE_DEAD = "engine_dead"
+    # After the first byte, where another engine may go on with the stream.
+    STREAM_BROKEN = "stream_broken"
+    STREAM_FAILED = "stream_failed"
+    CONTINUATION_REFUSED = "continuation_refused"
 
 
 _ENGINE_CAUSES = {
@@ -42,6 +46,8 @@ _ENGINE_CAUSES = {
     Cause.ENGINE_UNAVAILABLE,
     Cause.ENGINE_DRAINING,
     Cause.ENGINE_DEAD,
+    Cause.STREAM_FAILED,
+    Cause.CONTINUATION_REFUSED,
 }
 
 
@@ -74,9 +80,10 @@ class AttemptFailed(Exception):
         """True when another endpoint may do better.
 
         After a first-byte time-out the client's patience is used up, and a prompt that is too heavy for
-        one engine would take the others down in turn.
+        one engine would take the others down in turn. An engine that refuses to go on with a stream
+        speaks for its likes.
         """
-        return self.cause is not Cause.FIRST_BYTE_TIMEOUT
+        return self.cause not in (Cause.FIRST_BYTE_TIMEOUT, Cause.CONTINUATION_REFUSED)
 
 
 # What engines say when they cannot serve at all; found in bodies of 500s and in first events of streams.

@@ -57,7 +57,14 @@ class Forwarder:
         self._on_stale = on_stale
 
     async def attempt(
-        self, endpoint: Endpoint, path: str, *, body: bytes, headers: bytes, stream: bool
+        self,
+        endpoint: Endpoint,
+        path: str,
+        *,
+        body: bytes,
+        headers: bytes,
+        stream: bool,
+        method: str = "POST",
     ) -> Answer:
         """Sends a request and returns the answer once its first byte is there.
 
@@ -69,6 +76,7 @@ class Forwarder:
             body: Sent byte for byte.
             headers: Lines, sent as they are; those of the host and of the body's length are added.
             stream: True when the client asked for a stream.
+            method: Of HTTP.
 
         Raises:
             AttemptFailed: There will be no first byte, or the engine says that it does not serve.
@@ -76,7 +84,8 @@ class Forwarder:
         started = self._monotonic()
         limit = self._timeouts.until_first_byte(stream=stream)
         origin = self._pool.origin(endpoint.url)
-        head = b"POST %b%b HTTP/1.1\r\nhost: %b\r\n%bcontent-length: %d\r\n\r\n" % (
+        head = b"%b %b%b HTTP/1.1\r\nhost: %b\r\n%bcontent-length: %d\r\n\r\n" % (
+            method.encode(),
             origin.path.encode(),
             path.encode(),
             origin.authority.encode(),

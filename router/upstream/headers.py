@@ -27,8 +27,9 @@ _HOP_BY_HOP = {
 }
 # The engine has no use for a client's credentials, so it must not see them.
 _CREDENTIALS = {b"authorization", b"cookie", b"x-api-key", b"api-key"}
-# Set anew for the engine.
+# Set anew for the engine. What is compressed tells no usage, and engines near by gain nothing by it.
 _OURS = {
+    b"accept-encoding",
     b"host",
     b"content-length",
     b"content-encoding",
@@ -76,6 +77,8 @@ def _forwarded(client: RequestHeaders) -> bytes:
     if "content-type" not in client or b"content-type" in dropped:
         # Bodies are JSON, whatever the client called them.
         lines.append(b"content-type: application/json\r\n")
+    if "accept-encoding" in client:
+        lines.append(b"accept-encoding: identity\r\n")
     return b"".join(lines)
 
 

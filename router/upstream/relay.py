@@ -108,10 +108,15 @@ async def end_answer(downstream: Downstream, *, client_stall_seconds: float) -> 
     return Outcome.COMPLETE
 
 
-def break_off(downstream: Downstream, message: str) -> None:
-    """Ends the client's answer so that nothing looks complete: an error event, or a closed connection."""
+def break_off(downstream: Downstream, error: bytes) -> None:
+    """Ends the client's answer so that nothing looks complete: an error event, or a closed connection.
+
+    Args:
+        downstream: Started.
+        error: Events that end a stream as an error.
+    """
     if downstream.length is None and sse.is_event_stream(downstream.content_type):
-        downstream.write(sse.closing_error(message, code="upstream_error", tail=downstream.tail))
+        downstream.write(error)
         downstream.end(close=True)
     else:
         downstream.abort()

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from enum import Enum, IntEnum
 from types import MappingProxyType
 
-from millrace.core.v1 import deployment_pb2, endpoint_pb2, policy_pb2
+from millrace.core.v1 import deployment_pb2, endpoint_pb2, policy_pb2, types_pb2
 from millrace.state.v1 import records_pb2
 
 from core.store import keys
@@ -43,6 +43,7 @@ class Endpoint:
         weight: Share of traffic relative to the other endpoints of the deployment, at least 1.
         node: Where it runs.
         agent_target: host:port of the node agent that offers its KV events; empty for none.
+        engine: Which engine it is: `vllm`, `sglang`, `simulator`, ...; empty where it is not known.
     """
 
     namespace: str
@@ -56,6 +57,7 @@ class Endpoint:
     weight: int
     node: str
     agent_target: str = ""
+    engine: str = ""
 
     @property
     def identity(self) -> tuple[str, str]:
@@ -254,7 +256,16 @@ def endpoint_of(record: endpoint_pb2.Endpoint) -> Endpoint:
         weight=max(1, record.weight),
         node=record.node,
         agent_target=record.agent_target,
+        engine=_engine_of(record.engine),
     )
+
+
+def _engine_of(number: int) -> str:
+    """Names an engine; empty for unset, and for one that this version does not know."""
+    if number not in types_pb2.Engine.values():
+        return ""
+    name = types_pb2.Engine.Name(types_pb2.Engine.ValueType(number))
+    return "" if name == "ENGINE_UNSPECIFIED" else name.removeprefix("ENGINE_").lower()
 
 
 def build_view(

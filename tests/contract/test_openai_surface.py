@@ -143,7 +143,7 @@ CHAT_ROUTE = "/v1/chat/completions"
         ("GET", CHAT_ROUTE, None, 405, "method_not_allowed", "method_not_supported", None),
         ("DELETE", "/v1/models", None, 405, "method_not_allowed", "method_not_supported", None),
         ("GET", "/v1/nothing", None, 404, "route_unknown", "unknown_url", None),
-        ("POST", "/v1/responses", b"{}", 404, "route_unknown", "unknown_url", None),
+        ("POST", "/v1/realtime", b"{}", 404, "route_unknown", "unknown_url", None),
         ("GET", "/v1/models/no/such", None, 404, "model_not_found", "model_not_found", "model"),
     ],
 )

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import aiohttp
 from aiohttp import web
-from millrace.core.v1 import deployment_pb2, endpoint_pb2, stats_pb2, types_pb2
+from millrace.core.v1 import deployment_pb2, endpoint_pb2, policy_pb2, stats_pb2, types_pb2
 from millrace.state.v1 import records_pb2
 
 from core.clock import SystemClock, to_timestamp
@@ -19,6 +19,8 @@ from core.store import Delete, Put, keys
 from core.store.memory import MemoryStore
 from core.tasks import cancel_and_wait
 from router.app import RouterApplication
+from router.metering.usage import Usage
+from router.metrics import RouterMetrics
 from router.picking.registry import build_strategy
 from router.settings import RouterSettings
 from router.view.view import EndpointState
@@ -39,6 +41,7 @@ def endpoint_record(
     state: EndpointState = EndpointState.READY,
     incarnation: str = "run-1",
     declared_model: str = MODEL,
+    engine: types_pb2.Engine.ValueType = types_pb2.ENGINE_VLLM,
 ) -> endpoint_pb2.Endpoint:
     return endpoint_pb2.Endpoint(
         namespace=namespace,
@@ -51,6 +54,7 @@ def endpoint_record(
         incarnation=incarnation,
         weight=1,
         node="node-1",
+        engine=engine,
     )
 
 
@@ -64,6 +68,7 @@ class Cluster:
     api_key: str
     client: aiohttp.ClientSession
     runner: web.BaseRunner
+    usages: list[Usage]
 
     @property
     def headers(self) -> dict[str, str]:
@@ -155,15 +160,35 @@ class Cluster:
         return sum(float(line.rsplit(" ", 1)[1]) for line in page.splitlines() if line.startswith(text))
 
 
+@dataclass
+class _Usages:
+    """Keeps usage for the test, and hands it to the ordinary sink."""
+
+    kept: list[Usage]
+    metrics: RouterMetrics
+
+    def take(self, usage: Usage) -> None:
+        self.kept.append(usage)
+        self.metrics.take(usage)
+
+
 @asynccontextmanager
 async def cluster(
-    *, strategy: str = "round-robin", urls: Sequence[str] = (), ordinary: bool = False, **options: Any
+    *,
+    strategy: str = "round-robin",
+    urls: Sequence[str] = (),
+    ordinary: bool = False,
+    stream_continuation: bool | None = None,
+    engine: types_pb2.Engine.ValueType = types_pb2.ENGINE_VLLM,
+    **options: Any,
 ) -> AsyncIterator[Cluster]:
     """Runs a router with one namespace, one deployment and one key.
 
     Args:
         strategy: How it picks.
         urls: Engines that serve the deployment, as replicas `chat-0`, `chat-1`, ...
+        stream_continuation: Of the deployment.
+        engine: What these engines are.
         ordinary: Everything goes through aiohttp's server, nothing through the hot path.
         options: Further settings.
     """
@@ -171,6 +196,8 @@ async def cluster(
     options.setdefault("parking_timeout_seconds", 0.05)
     settings = RouterSettings(_cli_parse_args=False, strategy=strategy, **options)
     store = MemoryStore(SystemClock())
+    usages: list[Usage] = []
+    metrics = RouterMetrics()
     router = RouterApplication(
         settings,
         store=store,
@@ -178,6 +205,8 @@ async def cluster(
         clock=SystemClock(),
         admin_token="admin-token",
         agent_token=read_token(settings.agent_token_file) if settings.agent_token_file else "",
+        metrics=metrics,
+        usage_sink=_Usages(usages, metrics),
     )
     if ordinary:
         runner: web.BaseRunner = web.AppRunner(
@@ -190,13 +219,13 @@ async def cluster(
     await web.SockSite(runner, listener).start()
     tasks = [asyncio.create_task(body, name=name) for name, body in router.services().items()]
     client = aiohttp.ClientSession()
-    made = Cluster(store, router, f"http://127.0.0.1:{listener.getsockname()[1]}", "", client, runner)
+    made = Cluster(store, router, f"http://127.0.0.1:{listener.getsockname()[1]}", "", client, runner, usages)
     try:
         made.api_key = await made.make_key(NAMESPACE)
-        await made.declare(DEPLOYMENT)
+        await made.declare(DEPLOYMENT, routing=policy_pb2.Routing(stream_continuation=stream_continuation))
         await eventually(lambda: DEPLOYMENT in str(router.source.view.tenants))
         await eventually(lambda: router.source.view.authenticate(hash_secret(made.api_key)))
-        await made.publish(*(endpoint_record(f"chat-{n}", url) for n, url in enumerate(urls)))
+        await made.publish(*(endpoint_record(f"chat-{n}", url, engine=engine) for n, url in enumerate(urls)))
         yield made
     finally:
         await client.close()

@@ -14,9 +14,10 @@ import math
 import os
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
 from typing import Any, Final
 
-from nodeagent.engines.simulator import openai_requests, openai_responses, tokenizer
+from nodeagent.engines.simulator import openai_requests, openai_responses, other_surfaces, tokenizer
 from nodeagent.engines.simulator.engine import QueueFullError, SimulatedEngine
 from nodeagent.engines.simulator.engine_driver import EngineDeadError
 from nodeagent.engines.simulator.errors import (
@@ -69,7 +70,12 @@ class SimulatorApi:
             "/v1/chat/completions": self._chat_completions,
             "/v1/completions": self._completions,
             "/v1/embeddings": self._embeddings,
+            "/v1/responses": self._response,
+            "/v1/messages": self._message,
+            **dict.fromkeys(("/rerank", "/v1/rerank", "/v2/rerank"), self._rank),
+            **dict.fromkeys(("/score", "/v1/score"), self._score),
         }
+        self._responses = other_surfaces.Responses()
         self._other: dict[tuple[str, str], Callable[[HttpRequest], HttpResponse]] = {
             ("GET", "/health"): self._health,
             ("GET", "/ping"): self._health,
@@ -80,6 +86,7 @@ class SimulatorApi:
             ("GET", "/metrics"): self._metrics_text,
             ("POST", "/tokenize"): self._tokenize,
             ("POST", "/detokenize"): self._detokenize,
+            ("POST", "/v1/messages/count_tokens"): self._count_tokens,
             **Operations(settings, engine).routes(),
         }
         self._paths = {path for _, path in self._other} | set(self._inference)
@@ -102,6 +109,8 @@ class SimulatorApi:
         route = self._other.get((request.method, request.path))
         if route is not None:
             return route(request)
+        if request.path.startswith("/v1/responses/"):
+            return self._look_up(request)
         if request.path in self._paths:
             return json_response(405, {"detail": "Method Not Allowed"})
         return json_response(404, {"detail": "Not Found"})
@@ -225,7 +234,7 @@ class SimulatorApi:
         finally:
             self._engine.abort(stream)
         content = shape.whole(
-            generation.echo.text(0, count),
+            generation.text(0, count),
             stream.finish_reason,
             count,
             stream.sequence.cached_tokens,
@@ -247,7 +256,7 @@ class SimulatorApi:
                 if count == 0 and shape.chat:
                     events.append(shape.role_chunk(running_usage(0)))
                 for _ in range(new):
-                    text = generation.echo.text(count, count + 1)
+                    text = generation.text(count, count + 1)
                     count += 1
                     events.append(shape.text_chunk(text, running_usage(count)))
                     if self._faults.dies_after(count):
@@ -267,6 +276,111 @@ class SimulatorApi:
             yield openai_responses.event(engine_dead(str(error)).body()) + openai_responses.DONE
         finally:
             self._engine.abort(stream)
+
+    async def _response(self, request: HttpRequest, crash: bool) -> Answer:
+        body = openai_requests.parse_body(request.headers, request.body)
+        chat = other_surfaces.response_chat(body, self._responses)
+        generation, rank = self._other_generation(request, chat)
+        response_id = body.get("request_id") or f"resp_{os.urandom(8).hex()}"
+        document = other_surfaces.new_response(response_id, self._settings.metric_model_name, body)
+        told = other_surfaces.Told(prompt_tokens=len(generation.request.prompt_token_ids))
+        pieces = self._pieces(generation, rank, told, crash=crash)
+        if generation.stream:
+            events = other_surfaces.response_events(document, chat, pieces, told, self._responses)
+            return StreamResponse(self._named_events(events))
+        text = "".join([text async for text in pieces])
+        return json_response(200, self._responses.finished(document, chat, text, told))
+
+    async def _message(self, request: HttpRequest, crash: bool) -> Answer:
+        body = openai_requests.parse_body(request.headers, request.body)
+        generation, rank = self._other_generation(request, other_surfaces.message_chat(body))
+        message_id = "chatcmpl-" + (request.headers.get("x-request-id") or os.urandom(8).hex())
+        model = self._settings.metric_model_name
+        told = other_surfaces.Told(prompt_tokens=len(generation.request.prompt_token_ids))
+        pieces = self._pieces(generation, rank, told, crash=crash)
+        if generation.stream:
+            return StreamResponse(
+                self._named_events(other_surfaces.message_events(message_id, model, pieces, told))
+            )
+        text = "".join([text async for text in pieces])
+        return json_response(200, other_surfaces.whole_message(message_id, model, text, told))
+
+    def _other_generation(
+        self, request: HttpRequest, chat: openai_requests.Body
+    ) -> tuple[Generation, int | None]:
+        generation = openai_requests.parse_generation(chat, self._settings, self._engine.adapters, chat=True)
+        rank = openai_requests.data_parallel_rank(request.headers, self._settings)
+        self._engine.check_admission()
+        return generation, rank
+
+    async def _pieces(
+        self, generation: Generation, rank: int | None, told: other_surfaces.Told, *, crash: bool
+    ) -> AsyncGenerator[str, None]:
+        """The text of an answer, token by token; what there is to tell of it is in `told` at the end."""
+        stream = self._engine.submit(generation.request, rank)
+        try:
+            while new := await stream.receive():
+                for _ in range(new):
+                    told.completion_tokens += 1
+                    yield generation.text(told.completion_tokens - 1, told.completion_tokens)
+                    if generation.stream and self._faults.dies_after(told.completion_tokens):
+                        self._engine.kill()
+                if crash:
+                    self._faults.crash()
+                if self._engine.dead:
+                    raise EngineDeadError
+            told.finish_reason = stream.finish_reason
+            told.cached_tokens = stream.sequence.cached_tokens
+        finally:
+            self._engine.abort(stream)
+
+    async def _named_events(
+        self, events: AsyncGenerator[dict[str, Any], None]
+    ) -> AsyncGenerator[bytes, None]:
+        try:
+            async with aclosing(events):
+                async for each in events:
+                    yield other_surfaces.named_event(each, openai_responses.event)
+        except EngineDeadError as error:
+            yield b"event: error\n" + openai_responses.event(
+                {"type": "error", "error": {"type": "internal_error", "message": str(error)}}
+            )
+
+    def _look_up(self, request: HttpRequest) -> HttpResponse:
+        response_id, _, action = request.path.removeprefix("/v1/responses/").partition("/")
+        if request.method == "GET" and not action:
+            return json_response(200, self._responses.look_up(response_id))
+        if request.method == "POST" and action == "cancel":
+            return json_response(200, self._responses.cancel(response_id))
+        return json_response(404, {"detail": "Not Found"})
+
+    def _count_tokens(self, request: HttpRequest) -> HttpResponse:
+        body = openai_requests.parse_body(request.headers, request.body)
+        openai_requests.check_model(body, self._settings, self._engine.adapters)
+        token_ids, _ = openai_requests.chat_prompt(other_surfaces.message_chat(body), self._settings)
+        return json_response(200, {"input_tokens": len(token_ids)})
+
+    async def _rank(self, request: HttpRequest, crash: bool) -> Answer:
+        return await self._compare(request, other_surfaces.ranking, crash=crash)
+
+    async def _score(self, request: HttpRequest, crash: bool) -> Answer:
+        return await self._compare(request, other_surfaces.scoring, crash=crash)
+
+    async def _compare(
+        self,
+        request: HttpRequest,
+        answer: Callable[[openai_requests.Body, str, str], dict[str, Any]],
+        *,
+        crash: bool,
+    ) -> Answer:
+        body = openai_requests.parse_body(request.headers, request.body)
+        openai_requests.check_model(body, self._settings, self._engine.adapters)
+        request_id = request.headers.get("x-request-id") or os.urandom(16).hex()
+        content = answer(body, request_id, self._settings.metric_model_name)
+        await asyncio.sleep(self._settings.timing.step_seconds(content["usage"]["prompt_tokens"], 0))
+        if crash:
+            self._faults.crash()
+        return json_response(200, content)
 
     async def _embeddings(self, request: HttpRequest, crash: bool) -> Answer:
         body = openai_requests.parse_body(request.headers, request.body)

@@ -30,14 +30,29 @@ _CHARACTERS_TO_ECHO = 1024
 
 @dataclass(frozen=True)
 class Generation:
-    """A chat or text completion, checked."""
+    """A chat or text completion, checked.
+
+    Attributes:
+        request: For the engine.
+        echo: The words of the answer.
+        offset: How many of its tokens the prompt holds already, because the answer is being continued.
+        stream: Whether to answer in chunks.
+        include_usage: Whether usage is told at the end of a stream.
+        continuous_usage: Whether it is told in every chunk.
+        request_id: Of the body.
+    """
 
     request: SequenceRequest
     echo: Echo
+    offset: int
     stream: bool
     include_usage: bool
     continuous_usage: bool
     request_id: str | None
+
+    def text(self, start: int, stop: int) -> str:
+        """The text of the tokens generated from `start` up to, not including, `stop`."""
+        return self.echo.text(self.offset + start, self.offset + stop)
 
 
 def parse_body(headers: Mapping[str, str], body: bytes) -> Body:
@@ -156,6 +171,15 @@ def _check_characters(characters: int, settings: SimulatorSettings) -> None:
         raise too_many_characters(limit_tokens, characters, limit)
 
 
+def chat_echo(body: Body, text: str) -> tuple[Echo, int]:
+    """The answer to a chat whose last user message is `text`, and how much of it is in the chat already."""
+    echo = Echo(text)
+    last = body["messages"][-1]
+    if body.get("continue_final_message") is not True or last["role"] != "assistant":
+        return echo, 0
+    return echo, echo.offset_behind(tokenizer.content_text(last.get("content")))
+
+
 def chat_prompt(body: Body, settings: SimulatorSettings) -> tuple[list[int], str]:
     """The ids of a chat's prompt and the text of its last user message.
 
@@ -180,9 +204,17 @@ def chat_prompt(body: Body, settings: SimulatorSettings) -> tuple[list[int], str
         if message["role"] == "user":
             last = text
     _check_characters(characters, settings)
-    generation_prompt = body.get("add_generation_prompt") is not False
+    continues = _boolean(body, "continue_final_message")
+    if continues and _boolean(body, "add_generation_prompt"):
+        raise validation_error(
+            "Cannot set both `continue_final_message` and `add_generation_prompt` to True.",
+            "continue_final_message",
+        )
     token_ids = tokenizer.render_chat(
-        messages, tools=body.get("tools"), add_generation_prompt=generation_prompt
+        messages,
+        tools=body.get("tools"),
+        add_generation_prompt=body.get("add_generation_prompt") is not False,
+        continue_final_message=continues,
     )
     return token_ids, last
 
@@ -207,8 +239,8 @@ def text_prompt(prompt: Any, name: str, settings: SimulatorSettings) -> tuple[li
     raise _invalid(name, "a string or a list of token ids")
 
 
-def _output(body: Body, settings: SimulatorSettings, prompt_tokens: int) -> tuple[int, str]:
-    """How many tokens to generate and the reason for stopping there."""
+def _output(body: Body, settings: SimulatorSettings, prompt_tokens: int, offset: int) -> tuple[int, str]:
+    """How many tokens to generate and the reason for stopping there; `offset` of them are there already."""
     limit = settings.limits.max_model_length_tokens
     if prompt_tokens >= limit:
         raise context_overflow(limit, prompt_tokens)
@@ -230,7 +262,7 @@ def _output(body: Body, settings: SimulatorSettings, prompt_tokens: int) -> tupl
         return min(max_tokens, room), "length"
     if _boolean(body, "ignore_eos"):
         return room, "length"
-    wanted = max(settings.default_output_tokens, minimum)
+    wanted = max(settings.default_output_tokens - offset, minimum, 1)
     return (wanted, "stop") if wanted <= room else (room, "length")
 
 
@@ -259,19 +291,19 @@ def parse_generation(
     lora = check_model(body, settings, adapters)
     read_prompt = chat_prompt if chat else _completion_prompt
     token_ids, text = read_prompt(body, settings)
-    output_tokens, finish_reason = _output(body, settings, len(token_ids))
-    echo = Echo(text)
+    echo, offset = chat_echo(body, text) if chat else tokenizer.echo_behind(text)
+    output_tokens, finish_reason = _output(body, settings, len(token_ids), offset)
     request = SequenceRequest(
         prompt_token_ids=token_ids,
         output_tokens=output_tokens,
         finish_reason=finish_reason,
-        output_token_id=echo.token_id,
+        output_token_id=lambda index: echo.token_id(offset + index),
         cache_salt=cache_salt,
         max_tokens=requested_tokens(body),
         lora=lora,
     )
     request_id = _string(body, "request_id")
-    return Generation(request, echo, stream, include_usage, continuous_usage, request_id)
+    return Generation(request, echo, offset, stream, include_usage, continuous_usage, request_id)
 
 
 def _completion_prompt(body: Body, settings: SimulatorSettings) -> tuple[list[int], str]:

@@ -91,7 +91,7 @@ class ResponseShape:
     def _chunk(self, choices: list[dict[str, Any]], usage: dict[str, Any] | None) -> bytes:
         content = self._envelope(chunk=True)
         content["choices"] = choices
-        if usage is not None or not self.chat:
+        if usage is not None:
             content["usage"] = usage
         return event(content)
 

@@ -28,6 +28,8 @@ _SPECIAL_TEXT = {MESSAGE_START: "<|im_start|>", MESSAGE_END: "<|im_end|>"}
 
 # The echo repeats the message in circles, so its first kilobyte is enough to tell messages apart.
 _ECHO_CHARACTERS = 1024
+# An answer is recognised in a prompt from this much of it on, about a token; less is taken for prompt.
+_REPEAT_CHARACTERS = 4
 _ECHO_FALLBACK = "the simulator answers"
 
 
@@ -92,6 +94,7 @@ def render_chat(
     *,
     tools: Any = None,
     add_generation_prompt: bool = True,
+    continue_final_message: bool = False,
 ) -> list[int]:
     """The prompt ids of a chat, in the manner of a ChatML template.
 
@@ -99,6 +102,7 @@ def render_chat(
         messages: Messages with a string `role` each.
         tools: Tool definitions, rendered as a first message of their own.
         add_generation_prompt: Whether the assistant's turn is opened at the end.
+        continue_final_message: Whether the last message is left open, to be written on.
 
     Raises:
         TypeError: A message's content is not text.
@@ -114,10 +118,30 @@ def render_chat(
         token_ids += encode(text)
         token_ids.append(MESSAGE_END)
         token_ids += newline
+    if continue_final_message:
+        return token_ids[: -1 - len(newline)]
     if add_generation_prompt:
         token_ids.append(MESSAGE_START)
         token_ids += encode("assistant\n")
     return token_ids
+
+
+def echo_behind(text: str) -> tuple["Echo", int]:
+    """The answer to a text completion, and how many of its tokens the prompt holds already.
+
+    A prompt that is another prompt with the beginning of its own answer behind it gets the rest of that
+    answer, as a model would give it. Among several such readings the one with the shortest prompt counts.
+    """
+    begin = len(text) - len(text.lstrip())
+    first = text[begin : begin + _REPEAT_CHARACTERS]
+    at = text.find(first, begin + 1, begin + _ECHO_CHARACTERS) if len(first) == _REPEAT_CHARACTERS else -1
+    while at >= 0:
+        echo = Echo(text[:at])
+        offset = echo.offset_behind(text[at:])
+        if offset:
+            return echo, offset
+        at = text.find(first, at + 1, begin + _ECHO_CHARACTERS)
+    return Echo(text), 0
 
 
 class Echo:
@@ -136,6 +160,17 @@ class Echo:
         if index < len(self._first):
             return self._first[index]
         return self._again[(index - len(self._first)) % len(self._again)]
+
+    def offset_behind(self, text: str) -> int:
+        """How many of its tokens make up a text exactly; 0 for a text that it does not begin with."""
+        count, length = 0, 0
+        while length < len(text):
+            written = piece(self.token_id(count))
+            if not text.startswith(written, length):
+                return 0
+            length += len(written)
+            count += 1
+        return count
 
     def text(self, start: int, stop: int) -> str:
         """The text of the output tokens from `start` up to, not including, `stop`."""

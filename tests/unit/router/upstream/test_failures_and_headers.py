@@ -38,7 +38,7 @@ def test_answers_that_mean_the_engine_does_not_serve(
 def test_every_cause_has_an_owner_that_is_not_the_client(cause: Cause) -> None:
     failure = AttemptFailed(cause, "detail")
     assert failure.owner in (Owner.ENGINE, Owner.TRANSPORT)
-    assert failure.retryable is (cause is not Cause.FIRST_BYTE_TIMEOUT)
+    assert failure.retryable is (cause not in (Cause.FIRST_BYTE_TIMEOUT, Cause.CONTINUATION_REFUSED))
 
 
 def _request(headers: list[tuple[bytes, bytes]], parent: str = "00-new") -> list[bytes]:

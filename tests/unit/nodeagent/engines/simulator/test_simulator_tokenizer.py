@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nodeagent.engines.simulator import tokenizer
-from nodeagent.engines.simulator.tokenizer import Echo, decode, encode, render_chat
+from nodeagent.engines.simulator.tokenizer import Echo, decode, echo_behind, encode, render_chat
 
 
 @given(st.text())
@@ -56,3 +56,35 @@ def test_ids_without_text_are_shown_as_unknown() -> None:
 def test_a_part_that_is_no_text_is_refused() -> None:
     with pytest.raises(TypeError, match="image_url"):
         render_chat([{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}])
+
+
+@given(st.text(min_size=1, max_size=40), st.integers(0, 30))
+def test_a_chat_that_is_gone_on_with_has_the_ids_that_were_generated(text: str, count: int) -> None:
+    echo = Echo(text)
+    said = echo.text(0, count)
+    first = [{"role": "user", "content": text}]
+    opened = render_chat([*first, {"role": "assistant", "content": said}], continue_final_message=True)
+    assert opened[: len(render_chat(first))] == render_chat(first)
+    if text.isascii():
+        assert opened[len(render_chat(first)) :] == [echo.token_id(index) for index in range(count)]
+        assert echo.offset_behind(said) == count
+
+
+def test_what_an_answer_does_not_begin_with_is_not_gone_on_with() -> None:
+    echo = Echo("one two")
+    assert [echo.offset_behind(text) for text in ("", "one", "one tw", "two", "one x")] == [0, 1, 0, 0, 0]
+
+
+@pytest.mark.parametrize("prompt", ["The mill and\n\n its race", "a b c d", "words words words"])
+@pytest.mark.parametrize("count", [3, 20])
+def test_a_completion_that_is_gone_on_with_has_the_same_rest(prompt: str, count: int) -> None:
+    echo, offset = echo_behind(prompt)
+    assert offset == 0 or prompt == "words words words"
+    whole = echo.text(offset, offset + 40)
+    said = echo.text(offset, offset + count)
+    again, behind = echo_behind(prompt + said)
+    assert said + again.text(behind, behind + 40 - count) == whole
+
+
+def test_a_short_prompt_is_no_answer() -> None:
+    assert [echo_behind(prompt)[1] for prompt in ("", "aaa", "ab ab")] == [0, 0, 0]

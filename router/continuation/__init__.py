@@ -1,0 +1,1 @@
+"""Goes on with a stream on another engine when its own dies."""
