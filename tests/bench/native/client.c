@@ -4,7 +4,8 @@
  *
  * In: options, all about one target on 127.0.0.1. Closed loop: a connection sends its next request when it has the
  * whole answer to the last. Prompts: `--prompts` different ones in turn, in `--groups` groups that share a first
- * half (0 groups: nothing shared), each of `--prompt-bytes` bytes. `--ramp-ms` spreads the first requests.
+ * half (0 groups: nothing shared), each of `--prompt-bytes` bytes. `--ramp-ms` spreads the first requests;
+ * `--rate` bounds the requests a second of all connections together (0: no bound).
  * Out: one line of JSON on standard output: answers, events, failures by kind, seconds from sending a request
  * to the first byte of its body, at percentiles (of requests sent after `--warmup-seconds`).
  * An answer fails unless it has status 200 and `--expect-bytes` bytes (whole), or `--events` events and the
@@ -41,10 +42,14 @@ struct connection {
 static double port_option = 8080, connections_option = 32, seconds_option = 10, warmup_option = 1;
 static double stream_option = 0, events_option = 100, expect_option = 0, prompts_option = 4096;
 static double groups_option = 64, prompt_bytes_option = 2000, ramp_option = 0, patience_option = 30;
+static double rate_option = 0;
 static const char *model = "chat", *key = "none";
 
 static struct connection *connections;
 static int *connection_of; /* by descriptor */
+static int *waiting; /* ring of connections that wait for their time, which only grows from one to the next */
+static int waiting_first, waiting_count, connection_count;
+static int64_t slots_given;
 static int poll_descriptor;
 static int64_t began, measured_from, ends;
 static int64_t answers, measured_answers, events_total, failures[FAILURE_KINDS], failures_in_a_row, next_prompt;
@@ -133,6 +138,12 @@ static bool send_request(struct connection *it) {
     return it->request_sent < request_length;
 }
 
+static void wait_until(struct connection *it, int64_t moment) {
+    it->state = WAITING;
+    it->start_at = moment;
+    waiting[(waiting_first + waiting_count++) % connection_count] = (int)(it - connections);
+}
+
 static void begin_request(struct connection *it) {
     it->state = WAITING;
     if (now_nanoseconds() >= ends) {
@@ -153,11 +164,19 @@ static void begin_request(struct connection *it) {
     }
 }
 
+static void begin_next(struct connection *it) {
+    if (rate_option > 0) {
+        wait_until(it, began + (int64_t)((double)slots_given++ / rate_option * NANOSECONDS_PER_SECOND));
+    } else {
+        begin_request(it);
+    }
+}
+
 static void note_failure(struct connection *it, enum failure kind) {
     failures[kind]++;
     if (++failures_in_a_row > FAILURES_IN_A_ROW_MAX) fail("the target", "fails every request");
     disconnect(it);
-    begin_request(it);
+    begin_next(it);
 }
 
 static void finish(struct connection *it) {
@@ -189,7 +208,7 @@ static void finish(struct connection *it) {
             (float)((double)(it->first_byte_at - it->sent_at) / NANOSECONDS_PER_SECOND);
     }
     if (it->close_after) disconnect(it);
-    begin_request(it);
+    begin_next(it);
 }
 
 /* ---- reading an answer: each step takes what it understands and says how much; -1: malformed ---- */
@@ -335,29 +354,33 @@ static void report(void) {
     printf("}}\n");
 }
 
-static int start_due(int count, int started) {
-    while (started < count && connections[started].start_at <= now_nanoseconds()) begin_request(&connections[started++]);
-    return started;
+static void start_due(void) {
+    while (waiting_count > 0) {
+        struct connection *it = &connections[waiting[waiting_first]];
+        if (it->start_at > now_nanoseconds()) return;
+        waiting_first = (waiting_first + 1) % connection_count;
+        waiting_count--;
+        begin_request(it);
+    }
 }
 
-static void run(int count) {
+static void run(void) {
     char *buffer = allocate(READ_BYTES);
     struct epoll_event events[BATCH];
     int64_t patience = ends + (int64_t)(patience_option * NANOSECONDS_PER_SECOND);
-    int started = 0;
     for (;;) {
-        started = start_due(count, started);
+        start_due();
         int busy = 0;
         int64_t now = now_nanoseconds();
         if (now >= ends) {
-            for (int at = 0; at < count; at++) busy += connections[at].state != WAITING;
+            for (int at = 0; at < connection_count; at++) busy += connections[at].state != WAITING;
             if (busy == 0) return;
             if (now >= patience) {
                 failures[UNANSWERED] += busy;
                 return;
             }
         }
-        int ready = epoll_wait(poll_descriptor, events, BATCH, started < count ? 1 : 100);
+        int ready = epoll_wait(poll_descriptor, events, BATCH, waiting_count > 0 ? 1 : 100);
         for (int at = 0; at < ready; at++) {
             struct connection *it = &connections[connection_of[events[at].data.fd]];
             if (it->descriptor == events[at].data.fd) on_ready(it, events[at].events, buffer);
@@ -378,29 +401,32 @@ int main(int words_count, char **words) {
         {"--groups", NULL, &groups_option},
         {"--prompt-bytes", NULL, &prompt_bytes_option},
         {"--ramp-ms", NULL, &ramp_option},
+        {"--rate", NULL, &rate_option},
         {"--patience-seconds", NULL, &patience_option},
         {"--model", &model, NULL},
         {"--key", &key, NULL},
         {NULL, NULL, NULL}};
     read_options(words_count, words, known);
-    int count = (int)connections_option;
-    if (count < 1 || count > CONNECTIONS_MAX) fail("--connections", "between 1 and 20000");
+    connection_count = (int)connections_option;
+    if (connection_count < 1 || connection_count > CONNECTIONS_MAX) fail("--connections", "between 1 and 20000");
     if (prompts_option < 1) fail("--prompts", "at least 1");
     raise_descriptor_limit();
     prepare_template();
     poll_descriptor = epoll_create1(EPOLL_CLOEXEC);
-    connections = allocate((size_t)count * sizeof *connections);
+    connections = allocate((size_t)connection_count * sizeof *connections);
+    waiting = allocate((size_t)connection_count * sizeof *waiting);
     connection_of = allocate(((size_t)CONNECTIONS_MAX * 2 + 64) * sizeof *connection_of);
     began = now_nanoseconds();
     measured_from = began + (int64_t)(warmup_option * NANOSECONDS_PER_SECOND);
     ends = measured_from + (int64_t)(seconds_option * NANOSECONDS_PER_SECOND);
-    for (int at = 0; at < count; at++) {
+    for (int at = 0; at < connection_count; at++) {
         connections[at].descriptor = -1;
         connections[at].request = allocate(request_length);
         memcpy(connections[at].request, template_text, request_length);
-        connections[at].start_at = began + (int64_t)(ramp_option * NANOSECONDS_PER_MILLISECOND * at / count);
+        wait_until(
+            &connections[at], began + (int64_t)(ramp_option * NANOSECONDS_PER_MILLISECOND * at / connection_count));
     }
-    run(count);
+    run();
     report();
     return 0;
 }
