@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -172,7 +172,7 @@ async def sglang_router(
         "--worker-startup-timeout-secs", "60",
     ]  # fmt: skip
     name = "sglang-router" if policy == "cache_aware" else f"sglang-router {policy}"
-    log = site.directory / f"sglang-{policy}.log"
+    log = site.directory / f"sglang-{port}.log"
     async with pinned(command, cores=site.cores.router, log=log) as process:
         target = Target(name, port, process=process)
         await wait_answering(process, f"{target.url}/health", timeout_seconds=60)
@@ -199,22 +199,39 @@ async def vllm_router(site: Site, engine_urls: Sequence[str]) -> AsyncIterator[T
 
 
 @asynccontextmanager
+async def millrace_routers(
+    site: Site,
+    engine_urls: Sequence[str],
+    *,
+    count: int = 1,
+    strategy: str = "default",
+    arguments: Sequence[str] = (),
+) -> AsyncIterator[list[Target]]:
+    """`millrace-router` processes over one etcd, with their own defaults but for the address of etcd."""
+    name = "millrace" if strategy == "default" else f"millrace {strategy}"
+    async with AsyncExitStack() as stack:
+        plane = await stack.enter_async_context(control_plane(engine_urls, served_model_name=site.model))
+        targets = []
+        for port in free_ports(count):
+            command = [
+                str(Path(sys.executable).parent / "millrace-router"), "--port", str(port),
+                "--etcd-endpoints", plane.etcd.endpoint, "--strategy", strategy, *arguments,
+            ]  # fmt: skip
+            log = site.directory / f"millrace-{port}.log"
+            process = await stack.enter_async_context(pinned(command, cores=site.cores.router, log=log))
+            target = Target(name, port, plane.api_key, process, plane)
+            await wait_answering(process, f"{target.url}/health")
+            targets.append(await _check_serves(target, DEPLOYMENT))
+        yield targets
+
+
+@asynccontextmanager
 async def millrace(
     site: Site, engine_urls: Sequence[str], *, strategy: str = "default", arguments: Sequence[str] = ()
 ) -> AsyncIterator[Target]:
-    """A `millrace-router` process over a real etcd, with its own defaults but for the address of etcd."""
-    (port,) = free_ports(1)
-    name = "millrace" if strategy == "default" else f"millrace {strategy}"
-    async with control_plane(engine_urls, served_model_name=site.model) as plane:
-        command = [
-            str(Path(sys.executable).parent / "millrace-router"),
-            "--port", str(port), "--etcd-endpoints", plane.etcd.endpoint, "--strategy", strategy, *arguments,
-        ]  # fmt: skip
-        log = site.directory / f"millrace-{strategy}.log"
-        async with pinned(command, cores=site.cores.router, log=log) as process:
-            target = Target(name, port, plane.api_key, process, plane)
-            await wait_answering(process, f"{target.url}/health")
-            yield await _check_serves(target, DEPLOYMENT)
+    """One `millrace-router` process over a real etcd."""
+    async with millrace_routers(site, engine_urls, strategy=strategy, arguments=arguments) as targets:
+        yield targets[0]
 
 
 TARGETS: dict[str, Opener] = {
@@ -226,3 +243,16 @@ TARGETS: dict[str, Opener] = {
     "sglang-round-robin": partial(sglang_router, policy="round_robin"),
     "millrace-round-robin": partial(millrace, strategy="round-robin"),
 }
+
+
+@asynccontextmanager
+async def open_targets(
+    name: str, site: Site, engine_urls: Sequence[str], count: int
+) -> AsyncIterator[list[Target]]:
+    """Runs several routers of one kind side by side; Millrace's read the same etcd."""
+    if name == "millrace":
+        async with millrace_routers(site, engine_urls, count=count) as targets:
+            yield targets
+        return
+    async with AsyncExitStack() as stack:
+        yield [await stack.enter_async_context(TARGETS[name](site, engine_urls)) for _ in range(count)]
