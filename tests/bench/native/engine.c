@@ -5,7 +5,7 @@
  * In: HTTP/1.1 on consecutive ports of 127.0.0.1. POST (any path) is an inference: with `"stream":true` it gets
  * `--events` server-sent events (`max_tokens` where the request names it), the first after `--first-ms`, one
  * write an event, one each `--pace-ms`, as an engine's decode steps would bring them; otherwise some 600 bytes of
- * JSON at once. The usage chunk comes where `include_usage` is asked for. GET: /health, /v1/models, /metrics
+ * JSON at once. `--blocks` is the size of the KV cache that /metrics tells. The usage chunk comes where `include_usage` is asked for. GET: /health, /v1/models, /metrics
  * (vLLM's names), and empty JSON for the questions that other routers ask about a worker.
  * Out: a line "listening" on standard output once every port is open; SIGTERM ends it.
  * Must not: look at a prompt, hold more than BODY_BYTES_MAX of a request, or take chunked request bodies (411).
@@ -39,6 +39,7 @@ struct engine {
 };
 
 static double port_option = 9000, engines_option = 1, events_option = 100, pace_option = 20, first_option = 0;
+static double blocks_option = 65536;
 static const char *model = "chat";
 
 static struct connection *connections;
@@ -189,10 +190,10 @@ static void send_metrics(int descriptor) {
         "# TYPE vllm:generation_tokens_total counter\n"
         "vllm:generation_tokens_total{engine=\"0\",model_name=\"%s\"} %lld\n"
         "# TYPE vllm:cache_config_info gauge\n"
-        "vllm:cache_config_info{block_size=\"16\",num_gpu_blocks=\"65536\",enable_prefix_caching=\"True\","
+        "vllm:cache_config_info{block_size=\"16\",num_gpu_blocks=\"%d\",enable_prefix_caching=\"True\","
         "engine=\"0\"} 1.0\n",
         model, (long long)engine->running, model, model, model, (long long)engine->requests, model,
-        (long long)engine->aborted, model, (long long)engine->events);
+        (long long)engine->aborted, model, (long long)engine->events, (int)blocks_option);
     send_page(descriptor, "text/plain; version=0.0.4", page);
 }
 
@@ -362,7 +363,7 @@ static void prepare_answers(void) {
 int main(int count, char **words) {
     const struct option_spec known[] = {
         {"--port", NULL, &port_option},     {"--engines", NULL, &engines_option}, {"--events", NULL, &events_option},
-        {"--pace-ms", NULL, &pace_option},  {"--first-ms", NULL, &first_option},  {"--model", &model, NULL},
+        {"--pace-ms", NULL, &pace_option},  {"--first-ms", NULL, &first_option},  {"--blocks", NULL, &blocks_option}, {"--model", &model, NULL},
         {NULL, NULL, NULL}};
     read_options(count, words, known);
     if (engines_option < 1 || engines_option > ENGINES_MAX) fail("--engines", "between 1 and 64");

@@ -60,13 +60,15 @@ class Sample:
 
 
 @asynccontextmanager
-async def canned_engines(site: Site, count: int = ENGINES) -> AsyncIterator[list[str]]:
+async def canned_engines(
+    site: Site, count: int = ENGINES, *, blocks: int = 65_536
+) -> AsyncIterator[list[str]]:
     """Runs the canned engines on the load's core and yields their URLs."""
     first = consecutive_ports(count)
     command = [
         str(build("engine")),
         *("--port", str(first), "--engines", str(count)),
-        *("--events", str(EVENTS), "--pace-ms", str(PACE_MS)),
+        *("--events", str(EVENTS), "--pace-ms", str(PACE_MS), "--blocks", str(blocks)),
     ]
     log = site.directory / "engine.log"
     async with pinned(command, cores=site.cores.load, log=log) as process:

@@ -11,11 +11,12 @@ import getpass
 import shutil
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 
@@ -206,6 +207,8 @@ async def millrace_routers(
     count: int = 1,
     strategy: str = "default",
     arguments: Sequence[str] = (),
+    program: Sequence[str] = (str(Path(sys.executable).parent / "millrace-router"),),
+    environment: Mapping[str, str] | None = None,
 ) -> AsyncIterator[list[Target]]:
     """`millrace-router` processes over one etcd, with their own defaults but for the address of etcd."""
     name = "millrace" if strategy == "default" else f"millrace {strategy}"
@@ -214,11 +217,13 @@ async def millrace_routers(
         targets = []
         for port in free_ports(count):
             command = [
-                str(Path(sys.executable).parent / "millrace-router"), "--port", str(port),
+                *program, "--port", str(port),
                 "--etcd-endpoints", plane.etcd.endpoint, "--strategy", strategy, *arguments,
             ]  # fmt: skip
             log = site.directory / f"millrace-{port}.log"
-            process = await stack.enter_async_context(pinned(command, cores=site.cores.router, log=log))
+            process = await stack.enter_async_context(
+                pinned(command, cores=site.cores.router, log=log, environment=environment)
+            )
             target = Target(name, port, plane.api_key, process, plane)
             await wait_answering(process, f"{target.url}/health")
             targets.append(await _check_serves(target, DEPLOYMENT))
@@ -226,11 +231,9 @@ async def millrace_routers(
 
 
 @asynccontextmanager
-async def millrace(
-    site: Site, engine_urls: Sequence[str], *, strategy: str = "default", arguments: Sequence[str] = ()
-) -> AsyncIterator[Target]:
-    """One `millrace-router` process over a real etcd."""
-    async with millrace_routers(site, engine_urls, strategy=strategy, arguments=arguments) as targets:
+async def millrace(site: Site, engine_urls: Sequence[str], **options: Any) -> AsyncIterator[Target]:
+    """One `millrace-router` process over a real etcd; options as `millrace_routers` takes them."""
+    async with millrace_routers(site, engine_urls, **options) as targets:
         yield targets[0]
 
 
