@@ -4,8 +4,8 @@
 
 In: how long, and the share of the router's measured maximum to load it with. The load is whole answers at a
 steady rate with prompts that never repeat, streams beside them, and clients that hang up in mid-stream. Out:
-one Markdown table. Memory is compared between the first tenth after the warm-up and the last tenth, sockets and
-tasks between before the load and some seconds after it. Exit code 1 where something was not given back.
+one Markdown table. Memory is compared between the first tenth after the warm-up and the last tenth, sockets
+and tasks between before the load and some seconds after it. Exit code 1 where something was not given back.
 Must not: let the prefix index grow during the measurement; engines' KV caches are small, so that it is full
 before the warm-up ends.
 """
