@@ -5,8 +5,8 @@
 Every fault gets a stand of its own: a real etcd, four simulated engines, each a process, and one
 `millrace-router` with several workers and its default strategy; half of the clients stream. The endpoint's
 record stays in etcd while its engine is broken: nobody but the router itself protects the requests.
-Out: a table in Markdown. Failed requests are counted apart: those on what broke (under way there when it broke,
-or sent there before it could be known), and those elsewhere: none, if all is well.
+Out: a table in Markdown. Failed requests are counted apart: those on what broke (under way there when it
+broke, or sent there before it could be known), and those elsewhere: none, if all is well.
 Must not: count a request as good that did not bring a whole completion.
 """
 
