@@ -104,9 +104,18 @@ async def fleet(site: Site, *, engines: int, blocks: int, prefill_rate: float) -
         yield Fleet(urls, process)
 
 
+def _word(number: int) -> str:
+    """Two tokens for a block's id: a space and three letters each; ids below 26**6 differ."""
+    letters = []
+    for _ in range(6):
+        number, digit = divmod(number, 26)
+        letters.append(chr(ord("a") + digit))
+    return f" {''.join(letters[:3])} {''.join(letters[3:])}"
+
+
 def prompt_of(load: Load) -> str:
     """Makes the text of a prompt: four characters a token, so that blocks of text are blocks of tokens."""
-    text = "".join(f"{block:>8}" * (TRACE_BLOCK_TOKENS // 2) for block in load.block_ids)
+    text = "".join(_word(block) * (TRACE_BLOCK_TOKENS // 2) for block in load.block_ids)
     return text[: load.prompt_tokens * 4]
 
 
