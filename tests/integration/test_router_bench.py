@@ -1,4 +1,4 @@
-"""The tools of the live benchmarks can be trusted: the client counts what fails; a short soak leaks nothing."""
+"""The tools of the live benchmarks can be trusted: the client counts failures; a short soak leaks nothing."""
 
 import asyncio
 import json
