@@ -27,7 +27,8 @@ ETCD_PORT ?= 2389
 ROUTER_WORKERS ?= 1
 ENGINE ?= vllm
 
-.PHONY: help up down test test-unit test-integration test-e2e lint type gen fmt bench bench-router clean sync
+.PHONY: help up down test test-unit test-integration test-e2e lint type gen fmt bench clean sync
+.PHONY: bench-router bench-router-virtual bench-router-live soak
 
 help: ## Show this help
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
@@ -75,12 +76,29 @@ bench: $(STAMP) ## Measure: declaration to ready, fail-over
 
 # A trace in Mooncake's format, for instance TRACE=mooncake-conversation.jsonl; without it the loads are generated.
 TRACE ?=
-bench-router: $(STAMP) ## Compare picking strategies in virtual time (TRACE=FILE), and measure the prefix index
+LOADS := one-prefix shared-prefix multi-turn random
+bench-router: bench-router-virtual bench-router-live ## All about the router: virtual time, then live beside its peers (TRACE=FILE)
+
+bench-router-virtual: $(STAMP) ## Compare picking strategies in virtual time (TRACE=FILE), and measure the prefix index
 	@if [ -n "$(TRACE)" ]; then for rate in 45 60; do for routers in 1 2; do \
 		$(BIN)/python -m tests.bench.router_trace --trace "$(TRACE)" --rate $$rate --routers $$routers; done; done; fi
-	@for load in one-prefix shared-prefix multi-turn random; do \
+	@for load in $(LOADS); do \
 		$(BIN)/python -m tests.bench.router_trace --load $$load; done
 	@$(BIN)/python -m tests.bench.prefix_index
+
+# gRPC talks on standard error about every process that is started beside it.
+LIVE := GRPC_VERBOSITY=ERROR $(BIN)/python -m
+bench-router-live: $(STAMP) ## Live, beside peers from PyPI: speed, replay (TRACE=FILE), real vLLM, faults (half an hour)
+	@$(LIVE) tests.bench.router_live.speed
+	@if [ -n "$(TRACE)" ]; then for rate in 45 60; do \
+		$(LIVE) tests.bench.router_live.replay --trace "$(TRACE)" --rate $$rate --routers 1 2; done; fi
+	@for load in $(LOADS); do $(LIVE) tests.bench.router_live.replay --load $$load --requests 1500; done
+	@$(LIVE) tests.bench.router_live.real_vllm || echo "(e) is left out"
+	@$(LIVE) tests.bench.router_faults
+
+SOAK_SECONDS ?= 3600
+soak: $(STAMP) ## Keep a router under load and look for leaks (SOAK_SECONDS=3600)
+	@$(LIVE) tests.bench.router_soak --seconds $(SOAK_SECONDS)
 
 $(BUF):
 	@command -v npm >/dev/null || { echo "buf needs node and npm, and npm is not on PATH: install nodejs and npm, then run this again"; exit 1; }

@@ -2,10 +2,10 @@
  *
  *     client --port 8080 --connections 32 --seconds 10 --prompt-bytes 2000 [--stream 1 --events 100]
  *
- * In: options, all about one target on 127.0.0.1. Closed loop: a connection sends its next request when it has the
- * whole answer to the last. Prompts: `--prompts` different ones in turn, in `--groups` groups that share a first
- * half (0 groups: nothing shared), each of `--prompt-bytes` bytes. `--ramp-ms` spreads the first requests;
- * `--rate` bounds the requests a second of all connections together (0: no bound).
+ * In: options, all about one target on 127.0.0.1. Closed loop: a connection sends its next request when it
+ * has the whole answer to the last. Prompts: `--prompts` different ones in turn, in `--groups` groups that
+ * share a first half (0 groups: nothing shared), each of `--prompt-bytes` bytes. `--ramp-ms` spreads the first
+ * requests; `--rate` bounds the requests a second of all connections together (0: no bound).
  * Out: one line of JSON on standard output: answers, events, failures by kind, seconds from sending a request
  * to the first byte of its body, at percentiles (of requests sent after `--warmup-seconds`).
  * An answer fails unless it has status 200 and `--expect-bytes` bytes (whole), or `--events` events and the
@@ -31,7 +31,7 @@ struct connection {
     bool close_after, chunked;
     char head[HEAD_BYTES_MAX];
     size_t head_length;
-    uint64_t left; /* of the body or of the chunk */
+    uint64_t left;      /* of the body or of the chunk */
     size_t line_length; /* of the chunk-size line or the trailer line that is being read */
     int64_t body_bytes;
     int events;
@@ -52,7 +52,8 @@ static int waiting_first, waiting_count, connection_count;
 static int64_t slots_given;
 static int poll_descriptor;
 static int64_t began, measured_from, ends;
-static int64_t answers, measured_answers, events_total, failures[FAILURE_KINDS], failures_in_a_row, next_prompt;
+static int64_t answers, measured_answers, events_total, failures[FAILURE_KINDS], failures_in_a_row,
+    next_prompt;
 static float *first_byte_seconds;
 static size_t sample_count, sample_capacity;
 static size_t request_length, group_at, number_at, head_bytes;
@@ -76,22 +77,27 @@ static void fill(char *text, size_t length, unsigned seed) {
 static void prepare_template(void) {
     size_t half = (size_t)prompt_bytes_option / 2;
     if (half < 16) fail("--prompt-bytes", "at least 32");
-    char *body = allocate(half * 2 + 1024), *system_text = allocate(half + 1), *user_text = allocate(half + 1);
+    char *body = allocate(half * 2 + 1024), *system_text = allocate(half + 1),
+         *user_text = allocate(half + 1);
     fill(system_text, half, 1);
     fill(user_text, half, 2);
     memcpy(system_text, "G0000000", 8);
     memcpy(user_text, "N0000000", 8);
     int length = sprintf(
         body,
-        "{\"model\":\"%s\",\"messages\":[{\"role\":\"system\",\"content\":\"%s\"},{\"role\":\"user\",\"content\":"
+        "{\"model\":\"%s\",\"messages\":[{\"role\":\"system\",\"content\":\"%s\"},{\"role\":\"user\","
+        "\"content\":"
         "\"%s\"}],\"max_tokens\":%d,\"temperature\":0.7%s}",
-        model, system_text, user_text, (int)events_option, stream_option != 0 ? ",\"stream\":true" : "");
+        model, system_text, user_text, (int)events_option, stream_option != 0 ? ",\"stream\":true" : ""
+    );
     template_text = allocate((size_t)length + 1024);
     head_bytes = (size_t)sprintf(
         template_text,
         "POST /v1/chat/completions HTTP/1.1\r\nhost: 127.0.0.1:%d\r\nauthorization: Bearer %s\r\n"
-        "content-type: application/json\r\naccept: */*\r\nuser-agent: millrace-bench\r\ncontent-length: %d\r\n\r\n",
-        (int)port_option, key, length);
+        "content-type: application/json\r\naccept: */*\r\nuser-agent: millrace-bench\r\ncontent-length: "
+        "%d\r\n\r\n",
+        (int)port_option, key, length
+    );
     memcpy(template_text + head_bytes, body, (size_t)length + 1);
     request_length = head_bytes + (size_t)length;
     group_at = (size_t)(strstr(template_text, "G0000000") - template_text);
@@ -132,8 +138,8 @@ static void disconnect(struct connection *it) {
 
 /* True while the request is not sent completely. */
 static bool send_request(struct connection *it) {
-    ssize_t sent = send(
-        it->descriptor, it->request + it->request_sent, request_length - it->request_sent, MSG_NOSIGNAL);
+    ssize_t sent =
+        send(it->descriptor, it->request + it->request_sent, request_length - it->request_sent, MSG_NOSIGNAL);
     if (sent > 0) it->request_sent += (size_t)sent;
     return it->request_sent < request_length;
 }
@@ -288,9 +294,12 @@ static ssize_t take_data(struct connection *it, const char *bytes, size_t length
 static bool take_answer(struct connection *it, const char *bytes, size_t length) {
     while (length > 0) {
         ssize_t taken;
-        if (it->state == HEAD) taken = take_head(it, bytes, length);
-        else if (it->state == BODY || it->state == CHUNK_DATA) taken = take_data(it, bytes, length);
-        else taken = take_line(it, bytes, length);
+        if (it->state == HEAD)
+            taken = take_head(it, bytes, length);
+        else if (it->state == BODY || it->state == CHUNK_DATA)
+            taken = take_data(it, bytes, length);
+        else
+            taken = take_line(it, bytes, length);
         if (taken < 0) return false;
         bytes += taken;
         length -= (size_t)taken;
@@ -347,8 +356,9 @@ static void report(void) {
         "\"events\":%lld,\"first_byte_ms\":{\"p50\":%.4f,\"p90\":%.4f,\"p99\":%.4f,\"max\":%.4f},"
         "\"last_bad_status\":%d,\"failures\":{",
         (long long)answers, (long long)measured_answers, seconds, (double)measured_answers / seconds,
-        (long long)events_total, percentile_ms(0.5), percentile_ms(0.9), percentile_ms(0.99), percentile_ms(1),
-        last_bad_status);
+        (long long)events_total, percentile_ms(0.5), percentile_ms(0.9), percentile_ms(0.99),
+        percentile_ms(1), last_bad_status
+    );
     for (int kind = STATUS; kind < FAILURE_KINDS; kind++)
         printf("%s\"%s\":%lld", kind == STATUS ? "" : ",", failure_names[kind], (long long)failures[kind]);
     printf("}}\n");
@@ -405,10 +415,12 @@ int main(int words_count, char **words) {
         {"--patience-seconds", NULL, &patience_option},
         {"--model", &model, NULL},
         {"--key", &key, NULL},
-        {NULL, NULL, NULL}};
+        {NULL, NULL, NULL}
+    };
     read_options(words_count, words, known);
     connection_count = (int)connections_option;
-    if (connection_count < 1 || connection_count > CONNECTIONS_MAX) fail("--connections", "between 1 and 20000");
+    if (connection_count < 1 || connection_count > CONNECTIONS_MAX)
+        fail("--connections", "between 1 and 20000");
     if (prompts_option < 1) fail("--prompts", "at least 1");
     raise_descriptor_limit();
     prepare_template();
@@ -424,7 +436,9 @@ int main(int words_count, char **words) {
         connections[at].request = allocate(request_length);
         memcpy(connections[at].request, template_text, request_length);
         wait_until(
-            &connections[at], began + (int64_t)(ramp_option * NANOSECONDS_PER_MILLISECOND * at / connection_count));
+            &connections[at],
+            began + (int64_t)(ramp_option * NANOSECONDS_PER_MILLISECOND * at / connection_count)
+        );
     }
     run();
     report();

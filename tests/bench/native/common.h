@@ -1,7 +1,8 @@
 /* Shared by the canned engine and the load client: options, time, sockets, heads of HTTP messages.
  *
  * Everything here is static and small, so that each program stays one file that one compiler call builds.
- * Must not: allocate without a bound, or hide an error: what cannot go on ends the program with a line of text.
+ * Must not: allocate without a bound, or hide an error: what cannot go on ends the program with a line of
+ * text.
  */
 #ifndef MILLRACE_BENCH_COMMON_H
 #define MILLRACE_BENCH_COMMON_H

@@ -2,13 +2,14 @@
  *
  *     engine --port 9000 --engines 4 --events 100 --pace-ms 20
  *
- * In: HTTP/1.1 on consecutive ports of 127.0.0.1. POST (any path) is an inference: with `"stream":true` it gets
- * `--events` server-sent events (`max_tokens` where the request names it), the first after `--first-ms`, one
- * write an event, one each `--pace-ms`, as an engine's decode steps would bring them; otherwise some 600 bytes of
- * JSON at once. `--blocks` is the size of the KV cache that /metrics tells. The usage chunk comes where `include_usage` is asked for. GET: /health, /v1/models, /metrics
- * (vLLM's names), and empty JSON for the questions that other routers ask about a worker.
+ * In: HTTP/1.1 on consecutive ports of 127.0.0.1. POST (any path) is an inference: with `"stream":true` it
+ * gets `--events` server-sent events (`max_tokens` where the request names it), the first after `--first-ms`,
+ * one write an event, one each `--pace-ms`, as an engine's decode steps would bring them; otherwise some 600
+ * bytes of JSON at once. The usage chunk comes where `include_usage` is asked for. GET: /health, /v1/models,
+ * /metrics (vLLM's names; `--blocks` is the KV cache that it tells), and empty JSON for what other routers
+ * ask.
  * Out: a line "listening" on standard output once every port is open; SIGTERM ends it.
- * Must not: look at a prompt, hold more than BODY_BYTES_MAX of a request, or take chunked request bodies (411).
+ * Must not: look at a prompt, hold more than BODY_BYTES_MAX of a request, or take chunked bodies (411).
  */
 #include "common.h"
 
@@ -63,7 +64,8 @@ static void push_timer(struct timer added) {
         if (timers == NULL) fail("memory", "out of it");
     }
     size_t at = timer_count++;
-    for (; at > 0 && timers[(at - 1) / 2].due > added.due; at = (at - 1) / 2) timers[at] = timers[(at - 1) / 2];
+    for (; at > 0 && timers[(at - 1) / 2].due > added.due; at = (at - 1) / 2)
+        timers[at] = timers[(at - 1) / 2];
     timers[at] = added;
 }
 
@@ -97,7 +99,8 @@ static void send_bytes(int descriptor, const char *bytes, size_t length) {
     struct connection *it = &connections[descriptor];
     if (it->output_length == it->output_sent) {
         ssize_t sent = send(descriptor, bytes, length, MSG_NOSIGNAL);
-        if (sent < 0 && errno != EAGAIN) return; /* the peer has gone: its end of file closes the connection */
+        if (sent < 0 && errno != EAGAIN)
+            return; /* the peer has gone: its end of file closes the connection */
         if (sent < 0) sent = 0;
         if ((size_t)sent == length) return;
         bytes += sent;
@@ -143,7 +146,8 @@ static void send_event(int descriptor) {
         "\"created\":1764201600,\"model\":\"%s\",\"choices\":[{\"index\":0,\"delta\":{%s},\"logprobs\":null,"
         "\"finish_reason\":%s,\"token_ids\":null}]}",
         model, first ? "\"role\":\"assistant\",\"content\":\"\"" : "\"content\":\" water\"",
-        last ? "\"length\"" : "null");
+        last ? "\"length\"" : "null"
+    );
     length = append_event(output, length, text);
     it->events_sent++;
     engines[it->engine].events++;
@@ -154,7 +158,8 @@ static void send_event(int descriptor) {
                 "{\"id\":\"chatcmpl-8f14e45fceea167a5a36dedd4bea2543\",\"object\":\"chat.completion.chunk\","
                 "\"created\":1764201600,\"model\":\"%s\",\"choices\":[],\"usage\":{\"prompt_tokens\":500,"
                 "\"total_tokens\":%d,\"completion_tokens\":%d}}",
-                model, 500 + it->events_total, it->events_total);
+                model, 500 + it->events_total, it->events_total
+            );
             length = append_event(output, length, text);
         }
         length = append_event(output, length, "[DONE]");
@@ -171,8 +176,9 @@ static void send_page(int descriptor, const char *type, const char *body) {
     char output[8192];
     int length = snprintf(
         output, sizeof output,
-        "HTTP/1.1 200 OK\r\nserver: uvicorn\r\ncontent-length: %zu\r\ncontent-type: %s\r\n\r\n%s", strlen(body),
-        type, body);
+        "HTTP/1.1 200 OK\r\nserver: uvicorn\r\ncontent-length: %zu\r\ncontent-type: %s\r\n\r\n%s",
+        strlen(body), type, body
+    );
     send_bytes(descriptor, output, (size_t)length);
 }
 
@@ -181,9 +187,12 @@ static void send_metrics(int descriptor) {
     char page[4096];
     snprintf(
         page, sizeof page,
-        "# TYPE vllm:num_requests_running gauge\nvllm:num_requests_running{engine=\"0\",model_name=\"%s\"} %lld\n"
-        "# TYPE vllm:num_requests_waiting gauge\nvllm:num_requests_waiting{engine=\"0\",model_name=\"%s\"} 0\n"
-        "# TYPE vllm:kv_cache_usage_perc gauge\nvllm:kv_cache_usage_perc{engine=\"0\",model_name=\"%s\"} 0.1\n"
+        "# TYPE vllm:num_requests_running gauge\nvllm:num_requests_running{engine=\"0\",model_name=\"%s\"} "
+        "%lld\n"
+        "# TYPE vllm:num_requests_waiting gauge\nvllm:num_requests_waiting{engine=\"0\",model_name=\"%s\"} "
+        "0\n"
+        "# TYPE vllm:kv_cache_usage_perc gauge\nvllm:kv_cache_usage_perc{engine=\"0\",model_name=\"%s\"} "
+        "0.1\n"
         "# TYPE vllm:request_success_total counter\n"
         "vllm:request_success_total{engine=\"0\",finished_reason=\"length\",model_name=\"%s\"} %lld\n"
         "vllm:request_success_total{engine=\"0\",finished_reason=\"abort\",model_name=\"%s\"} %lld\n"
@@ -193,7 +202,8 @@ static void send_metrics(int descriptor) {
         "vllm:cache_config_info{block_size=\"16\",num_gpu_blocks=\"%d\",enable_prefix_caching=\"True\","
         "engine=\"0\"} 1.0\n",
         model, (long long)engine->running, model, model, model, (long long)engine->requests, model,
-        (long long)engine->aborted, model, (long long)engine->events, (int)blocks_option);
+        (long long)engine->aborted, model, (long long)engine->events, (int)blocks_option
+    );
     send_page(descriptor, "text/plain; version=0.0.4", page);
 }
 
@@ -208,7 +218,8 @@ static void answer_get(int descriptor, const char *path) {
             body, sizeof body,
             "{\"object\":\"list\",\"data\":[{\"id\":\"%s\",\"object\":\"model\",\"created\":1764201600,"
             "\"owned_by\":\"vllm\",\"root\":\"%s\",\"parent\":null,\"max_model_len\":32768}]}",
-            model, model);
+            model, model
+        );
         send_page(descriptor, "application/json", body);
     } else if (strncmp(path, "/version", 8) == 0) {
         send_page(descriptor, "application/json", "{\"version\":\"0.32.0\"}");
@@ -236,10 +247,10 @@ static void answer_post(int descriptor, const char *body, size_t length) {
     it->events_sent = 0;
     it->streaming = true;
     engines[it->engine].running++;
-    push_timer((struct timer){
-        .due = now_nanoseconds() + (int64_t)(first_option * NANOSECONDS_PER_MILLISECOND),
-        .descriptor = descriptor,
-        .serial = it->serial});
+    push_timer((struct timer){.due =
+                                  now_nanoseconds() + (int64_t)(first_option * NANOSECONDS_PER_MILLISECOND),
+                              .descriptor = descriptor,
+                              .serial = it->serial});
 }
 
 /* Answers one complete request at the start of the input; returns its length, or 0 where there is none. */
@@ -279,7 +290,8 @@ static void take_requests(int descriptor) {
 
 static void on_readable(int descriptor) {
     struct connection *it = &connections[descriptor];
-    if (it->input_length > HEAD_BYTES_MAX + BODY_BYTES_MAX) fail("connection", "sends before it has been answered");
+    if (it->input_length > HEAD_BYTES_MAX + BODY_BYTES_MAX)
+        fail("connection", "sends before it has been answered");
     if (it->input_capacity - it->input_length < READ_BYTES) {
         it->input_capacity = it->input_capacity * 2 + READ_BYTES;
         it->input = realloc(it->input, it->input_capacity);
@@ -341,30 +353,37 @@ static void prepare_answers(void) {
     int length = snprintf(
         body, sizeof body,
         "{\"id\":\"chatcmpl-8f14e45fceea167a5a36dedd4bea2543\",\"object\":\"chat.completion\","
-        "\"created\":1764201600,\"model\":\"%s\",\"choices\":[{\"index\":0,\"message\":{\"role\":\"assistant\","
-        "\"content\":\"A millrace is the channel that carries the stream to the wheel of a mill, and the tail "
+        "\"created\":1764201600,\"model\":\"%s\",\"choices\":[{\"index\":0,\"message\":{\"role\":"
+        "\"assistant\","
+        "\"content\":\"A millrace is the channel that carries the stream to the wheel of a mill, and the "
+        "tail "
         "race carries it away again.\",\"refusal\":null,\"annotations\":null,\"audio\":null,"
         "\"function_call\":null,\"tool_calls\":[],\"reasoning\":null},\"logprobs\":null,"
         "\"finish_reason\":\"stop\",\"stop_reason\":null,\"token_ids\":null}],\"service_tier\":null,"
         "\"system_fingerprint\":null,\"usage\":{\"prompt_tokens\":500,\"total_tokens\":528,"
         "\"completion_tokens\":28},\"prompt_logprobs\":null,\"prompt_token_ids\":null}",
-        model);
+        model
+    );
     whole_answer_length = (size_t)snprintf(
         whole_answer, sizeof whole_answer,
         "HTTP/1.1 200 OK\r\ndate: Sat, 21 Nov 2026 00:00:00 GMT\r\nserver: uvicorn\r\ncontent-length: %d\r\n"
         "content-type: application/json\r\n\r\n%s",
-        length, body);
+        length, body
+    );
     stream_head_length = (size_t)snprintf(
         stream_head, sizeof stream_head,
         "HTTP/1.1 200 OK\r\ndate: Sat, 21 Nov 2026 00:00:00 GMT\r\nserver: uvicorn\r\n"
-        "content-type: text/event-stream; charset=utf-8\r\ntransfer-encoding: chunked\r\n\r\n");
+        "content-type: text/event-stream; charset=utf-8\r\ntransfer-encoding: chunked\r\n\r\n"
+    );
 }
 
 int main(int count, char **words) {
     const struct option_spec known[] = {
-        {"--port", NULL, &port_option},     {"--engines", NULL, &engines_option}, {"--events", NULL, &events_option},
-        {"--pace-ms", NULL, &pace_option},  {"--first-ms", NULL, &first_option},  {"--blocks", NULL, &blocks_option}, {"--model", &model, NULL},
-        {NULL, NULL, NULL}};
+        {"--port", NULL, &port_option},      {"--engines", NULL, &engines_option},
+        {"--events", NULL, &events_option},  {"--pace-ms", NULL, &pace_option},
+        {"--first-ms", NULL, &first_option}, {"--blocks", NULL, &blocks_option},
+        {"--model", &model, NULL},           {NULL, NULL, NULL}
+    };
     read_options(count, words, known);
     if (engines_option < 1 || engines_option > ENGINES_MAX) fail("--engines", "between 1 and 64");
     raise_descriptor_limit();
