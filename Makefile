@@ -31,7 +31,7 @@ ENGINE ?= vllm
 .PHONY: bench-router bench-router-virtual bench-router-live soak
 
 help: ## Show this help
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-21s %s\n", $$1, $$2}'
 	@echo
 	@echo "  Options of make up: ROUTER_PORT=$(ROUTER_PORT) GRPC_PORT=$(GRPC_PORT) GATEWAY_PORT=$(GATEWAY_PORT)"
 	@echo "                      AGENT_PORT=$(AGENT_PORT) ETCD_PORT=$(ETCD_PORT) ROUTER_WORKERS=$(ROUTER_WORKERS) ENGINE=$(ENGINE) (or simulator)"
@@ -96,9 +96,9 @@ bench-router-live: $(STAMP) ## Live, beside peers from PyPI: speed, replay (TRAC
 	@$(LIVE) tests.bench.router_live.real_vllm || echo "(e) is left out"
 	@$(LIVE) tests.bench.router_faults
 
-SOAK_SECONDS ?= 3600
-soak: $(STAMP) ## Keep a router under load and look for leaks (SOAK_SECONDS=3600)
-	@$(LIVE) tests.bench.router_soak --seconds $(SOAK_SECONDS)
+SECONDS ?= 3600
+soak: $(STAMP) ## Keep a router under load and look for leaks (SECONDS=3600)
+	@$(LIVE) tests.bench.router_soak --seconds $(SECONDS)
 
 $(BUF):
 	@command -v npm >/dev/null || { echo "buf needs node and npm, and npm is not on PATH: install nodejs and npm, then run this again"; exit 1; }
