@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import aiohttp
+from millrace.core.v1 import policy_pb2
 
 from core.settings import event_loop_runner
 from core.tasks import cancel_and_wait
@@ -86,14 +87,14 @@ Break = Callable[[Stand], Awaitable[float]]
 
 
 @asynccontextmanager
-async def _stand(site: Site, workers: int, engine_options: Sequence[str]) -> AsyncIterator[Stand]:
+async def _stand(site: Site, workers: int, fault: "Fault") -> AsyncIterator[Stand]:
     async with AsyncExitStack() as stack:
         engines, urls = [], []
         for number, port in enumerate(free_ports(ENGINES)):
             command = [
                 str(Path(sys.executable).parent / "millrace-simulator"),
                 *("--model", "bench", "--served-model-name", site.model, "--host", "127.0.0.1"),
-                *("--port", str(port), *(engine_options if number == 0 else ())),
+                *("--port", str(port), *(fault.engine_options if number == 0 else ())),
             ]
             log = site.directory / f"engine-{port}.log"
             engine = await stack.enter_async_context(pinned(command, cores=site.cores.load, log=log))
@@ -101,7 +102,8 @@ async def _stand(site: Site, workers: int, engine_options: Sequence[str]) -> Asy
             await wait_answering(engine, f"{urls[-1]}/health")
             engines.append(engine)
         arguments = ["--workers", str(workers), *_TIMEOUTS]
-        target = await stack.enter_async_context(millrace(site, urls, arguments=arguments))
+        routing = policy_pb2.Routing(stream_continuation=fault.continuation)
+        target = await stack.enter_async_context(millrace(site, urls, arguments=arguments, routing=routing))
         assert target.process is not None
         # The first worker answers before the last has read its view.
         log_path = target.process.log
@@ -206,24 +208,24 @@ def _storm(seconds: float) -> Break:
 
 @dataclass(frozen=True)
 class Fault:
-    """What is broken, what the engine in question is started with, and how."""
+    """What is broken and how, what that engine is started with, whether streams may go on elsewhere."""
 
     title: str
     breaks: Break
     engine_options: tuple[str, ...] = ()
+    continuation: bool = False
 
 
 def faults(away_seconds: float) -> dict[str, Fault]:
     """All faults by a short name."""
     away = f"{away_seconds:g} s"
+    killed, core = "engine killed (kill -9)", "engine's core dies in mid-stream (error event, then 500s)"
+    dies = ("--mid-stream-death-after-tokens", str(MAX_TOKENS - 8))
     return {
-        "kill": Fault("engine killed (kill -9)", _kill_engine),
-        "core": Fault(
-            "engine's core dies in mid-stream (error event, then 500s)",
-            _core_dies,
-            # More than one request's tokens: the first requests must get through.
-            ("--mid-stream-death-after-tokens", str(MAX_TOKENS - 8)),
-        ),
+        "kill": Fault(killed, _kill_engine),
+        "kill-continued": Fault(f"{killed}, streams continue", _kill_engine, continuation=True),
+        "core": Fault(core, _core_dies, dies),
+        "core-continued": Fault(f"{core}, streams continue", _core_dies, dies, continuation=True),
         "stall": Fault(f"engine accepts and never answers, {3 * TIMEOUT_SECONDS:g} s", _stall_engine),
         "worker": Fault("one of the router's workers killed", _kill_worker),
         "storm": Fault(f"storm of client errors, {away}", _storm(min(away_seconds, 20.0))),
@@ -250,7 +252,7 @@ def _account(outcomes: Sequence[Outcome], moment: float) -> list[str]:
 
 async def measure(site: Site, fault: Fault, workers: int) -> str:
     """Runs one fault and returns its row."""
-    async with _stand(site, workers, fault.engine_options) as stand:
+    async with _stand(site, workers, fault) as stand:
         headers = {"authorization": f"Bearer {stand.target.key}"}
         async with AsyncExitStack() as stack:
             loads = [

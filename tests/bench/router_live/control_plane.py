@@ -11,7 +11,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 import aiohttp
-from millrace.core.v1 import deployment_pb2, stats_pb2
+from millrace.core.v1 import deployment_pb2, policy_pb2, stats_pb2
 from millrace.state.v1 import records_pb2
 
 from core.clock import SystemClock, to_timestamp
@@ -80,7 +80,10 @@ class ControlPlane:
 
 @asynccontextmanager
 async def control_plane(
-    engine_urls: Sequence[str], *, served_model_name: str = DEPLOYMENT
+    engine_urls: Sequence[str],
+    *,
+    served_model_name: str = DEPLOYMENT,
+    routing: policy_pb2.Routing | None = None,
 ) -> AsyncIterator[ControlPlane]:
     """Runs an etcd that holds the engines as endpoints `chat-0`, `chat-1`, ... of one deployment."""
     etcd = EtcdProcess()
@@ -88,9 +91,8 @@ async def control_plane(
     engines = {f"{DEPLOYMENT}-{number}": url for number, url in enumerate(engine_urls)}
     store = await EtcdStore.connect(etcd.settings)
     api_key = generate_api_key()
-    deployment = records_pb2.DeploymentRecord(
-        namespace=NAMESPACE, name=DEPLOYMENT, spec=deployment_pb2.DeploymentSpec(model="m")
-    )
+    spec = deployment_pb2.DeploymentSpec(model="m", routing=routing)
+    deployment = records_pb2.DeploymentRecord(namespace=NAMESPACE, name=DEPLOYMENT, spec=spec)
     record = records_pb2.ApiKeyRecord(key_hash=hash_secret(api_key), namespace=NAMESPACE)
     writes = [
         Put(keys.spec_deployment(NAMESPACE, DEPLOYMENT), deployment.SerializeToString()),

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+from millrace.core.v1 import policy_pb2
 
 from tests.bench.router_live.control_plane import ControlPlane, control_plane
 from tests.bench.router_live.native import BENCH_DIRECTORY, REPOSITORY, Unavailable
@@ -209,11 +210,14 @@ async def millrace_routers(
     arguments: Sequence[str] = (),
     program: Sequence[str] = (str(Path(sys.executable).parent / "millrace-router"),),
     environment: Mapping[str, str] | None = None,
+    routing: policy_pb2.Routing | None = None,
 ) -> AsyncIterator[list[Target]]:
     """`millrace-router` processes over one etcd, with their own defaults but for the address of etcd."""
     name = "millrace" if strategy == "default" else f"millrace {strategy}"
     async with AsyncExitStack() as stack:
-        plane = await stack.enter_async_context(control_plane(engine_urls, served_model_name=site.model))
+        plane = await stack.enter_async_context(
+            control_plane(engine_urls, served_model_name=site.model, routing=routing)
+        )
         targets = []
         for port in free_ports(count):
             command = [
