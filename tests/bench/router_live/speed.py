@@ -11,6 +11,7 @@ Out: Markdown. Must not: hide a failed answer; every table counts them.
 import argparse
 import asyncio
 import json
+import math
 import os
 import shlex
 import statistics
@@ -251,8 +252,9 @@ async def _hold(name: str, site: Site) -> None:
             f"streams:       taskset -c {site.cores.load} {client} --stream 1 --events {EVENTS} "
             f"--connections {STREAMS} --ramp-ms {EVENTS * PACE_MS:g} --seconds 10"
         )
-        print("Ctrl-C ends it", flush=True)
-        await asyncio.Event().wait()
+        print("Ctrl-C ends it, and so does the end of whoever started it", flush=True)
+        parent = os.getppid()
+        await eventually(lambda: os.getppid() != parent, timeout_seconds=math.inf, interval_seconds=0.5)
 
 
 def main() -> None:
