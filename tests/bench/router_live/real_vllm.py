@@ -1,6 +1,6 @@
 """Multi-turn chats on real vLLM: the hit rate that the engines count, behind each router.
 
-    python -m tests.bench.router_live.real_vllm [--targets millrace sglang-router sglang-round-robin]
+    python -m tests.bench.router_live.real_vllm [--rounds 2] [--targets millrace sglang-router ...]
 
 Three CPU engines of 500 blocks of 32 tokens serve the bundled model. Chats share 24 system prompts; every
 turn sends the whole chat so far, with the answers that came. `pressure`: 120 chats that do not fit the three
@@ -69,6 +69,17 @@ class Sent:
     answer: str
     completion_tokens: int
     seconds: float
+
+
+@dataclass(frozen=True)
+class Round:
+    """One variant at one target: the figures of a row."""
+
+    hit_rate: float
+    ideal: float
+    spread: float
+    seconds: list[float]
+    failed: int
 
 
 @dataclass
@@ -236,8 +247,8 @@ async def ideal_hit_rate(session: aiohttp.ClientSession, url: str, model: str, s
     return hits / total
 
 
-async def measure(site: Site, name: str, count: int, urls: Sequence[str]) -> str:
-    """Holds the chats through one router and returns its row.
+async def measure(site: Site, name: str, count: int, urls: Sequence[str]) -> tuple[str, Round]:
+    """Holds the chats through one router and returns its name and figures.
 
     Raises:
         Unavailable: The router did not start.
@@ -257,39 +268,67 @@ async def measure(site: Site, name: str, count: int, urls: Sequence[str]) -> str
         ideal = await ideal_hit_rate(session, urls[0], site.model, outcome.sent)
     for failure in outcome.failures[:3]:
         print(f"{name}: {failure}", file=sys.stderr)
-    rate = sum(hits) / max(1, sum(queries))
-    seconds = [each.seconds for each in outcome.sent]
+    return target.name, Round(
+        hit_rate=sum(hits) / max(1, sum(queries)),
+        ideal=ideal,
+        spread=max(tokens) / max(1.0, statistics.mean(tokens)),
+        seconds=[each.seconds for each in outcome.sent],
+        failed=len(outcome.failures),
+    )
+
+
+def row(name: str, rounds: Sequence[Round]) -> str:
+    """Renders the rounds of a target: means, and each round's hit rate and spread."""
+    rate = statistics.mean(each.hit_rate for each in rounds)
+    ideal = statistics.mean(each.ideal for each in rounds)
+    seconds = [second for each in rounds for second in each.seconds]
     times = " / ".join(f"{percentile(seconds, share) * 1000:.0f}" for share in (0.5, 0.9, 0.99))
     return (
-        f"| {target.name} | {rate:.3f} | {ideal:.3f} | {rate / ideal:.2f} | {times} "
-        f"| {max(tokens) / max(1.0, statistics.mean(tokens)):.2f} | {len(outcome.sent)} "
-        f"| {len(outcome.failures)} |"
+        f"| {name} | {rate:.3f} | {ideal:.3f} | {rate / ideal:.2f} "
+        f"| {', '.join(f'{each.hit_rate:.3f}' for each in rounds)} "
+        f"| {', '.join(f'{each.spread:.2f}' for each in rounds)} | {times} "
+        f"| {len(seconds)} | {sum(each.failed for each in rounds)} |"
     )
+
+
+async def _compare(options: argparse.Namespace, site: Site, urls: Sequence[str], variant: str) -> None:
+    count = VARIANTS[variant]
+    print(
+        f"\n(e) {variant}: {count} chats of {TURNS} turns behind {SYSTEM_PROMPTS} system prompts, "
+        f"{AT_ONCE} at a time, {ENGINES} vLLM engines of {BLOCKS} blocks of {BLOCK_TOKENS} tokens, "
+        f"{options.rounds} round(s)\n"
+    )
+    print(
+        "| target | hit rate | ideal | of ideal | each round | spread | answer p50/p90/p99 ms "
+        "| answers | failed |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|", flush=True)
+    taken: dict[str, list[Round]] = {}
+    for _ in range(options.rounds):
+        for target in options.targets:
+            try:
+                name, figures = await measure(site, target, count, urls)
+            except Unavailable as reason:
+                print(f"| {target} | {reason} |" + " |" * 7, flush=True)
+                continue
+            taken.setdefault(name, []).append(figures)
+    for name, rounds in taken.items():
+        print(row(name, rounds), flush=True)
 
 
 async def _run(options: argparse.Namespace, site: Site) -> None:
     async with vllm_engines(site) as urls:
         for variant in options.variants:
-            count = VARIANTS[variant]
-            print(
-                f"\n(e) {variant}: {count} chats of {TURNS} turns behind {SYSTEM_PROMPTS} system prompts, "
-                f"{AT_ONCE} at a time, {ENGINES} vLLM engines of {BLOCKS} blocks of {BLOCK_TOKENS} tokens\n"
-            )
-            print(
-                "| target | hit rate | ideal | of ideal | answer p50/p90/p99 ms | spread | answers | failed |"
-            )
-            print("|---|---|---|---|---|---|---|---|", flush=True)
-            for name in options.targets:
-                try:
-                    print(await measure(site, name, count, urls), flush=True)
-                except Unavailable as reason:
-                    print(f"| {name} | {reason} |" + " |" * 6, flush=True)
+            await _compare(options, site, urls, variant)
 
 
 def main() -> None:
     """Prints a table for each variant."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--targets", nargs="+", choices=sorted(TARGETS), default=VLLM_TARGETS)
+    parser.add_argument(
+        "--rounds", type=int, default=2, help="the first chats are placed by chance, so one round says little"
+    )
     parser.add_argument("--variants", nargs="+", choices=sorted(VARIANTS), default=tuple(VARIANTS))
     options = parser.parse_args()
     cores = Cores.of_this_machine()
