@@ -276,8 +276,15 @@ async def measure(site: Site, fault: Fault, workers: int) -> str:
             await asyncio.sleep(AFTER_SECONDS)
             recovered = all(load.succeeded_since(time.monotonic() - 2.0) > 0 for load in loads)
         cells = [cell for load in loads for cell in _account(load.outcomes, moment)]
-        for failure in (failure for load in loads for failure in load.failures[:2]):
-            print(f"{fault.title}: {failure.status} {failure.error[-160:]!r}", file=sys.stderr)
+        failures = [failure for load in loads for failure in load.failures]
+        # Those that nothing excuses come first.
+        failures.sort(key=lambda failure: _was_on_what_broke(failure, moment))
+        for failure in failures[:3]:
+            print(
+                f"{fault.title}: began {failure.began - moment:+.3f} s and ended {failure.ended - moment:+.3f} s "
+                f"from it, at {failure.endpoint or '-'}: {failure.status} {failure.error[-160:]!r}",
+                file=sys.stderr,
+            )
         return "| " + " | ".join([fault.title, *cells, "yes" if recovered else "NO"]) + " |"
 
 
