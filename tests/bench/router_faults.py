@@ -281,8 +281,8 @@ async def measure(site: Site, fault: Fault, workers: int) -> str:
         failures.sort(key=lambda failure: _was_on_what_broke(failure, moment))
         for failure in failures[:3]:
             print(
-                f"{fault.title}: began {failure.began - moment:+.3f} s and ended {failure.ended - moment:+.3f} s "
-                f"from it, at {failure.endpoint or '-'}: {failure.status} {failure.error[-160:]!r}",
+                f"{fault.title}: {failure.began - moment:+.3f} s to {failure.ended - moment:+.3f} s "
+                f"after it, at {failure.endpoint or '-'}: {failure.status} {failure.error[-160:]!r}",
                 file=sys.stderr,
             )
         return "| " + " | ".join([fault.title, *cells, "yes" if recovered else "NO"]) + " |"
