@@ -27,6 +27,7 @@ from millrace.core.v1 import policy_pb2
 from core.settings import event_loop_runner
 from core.tasks import cancel_and_wait
 from tests.bench.router_live.control_plane import ControlPlane
+from tests.bench.router_live.native import Unavailable
 from tests.bench.router_live.processes import Cores, Pinned, pinned, wait_answering
 from tests.bench.router_live.targets import Site, Target, millrace
 from tests.support.load import Outcome, steady_load
@@ -305,8 +306,12 @@ async def _run(options: argparse.Namespace, site: Site) -> None:
     print("| fault | " + " | ".join(kinds) + " | serves afterwards |")
     print("|---" * (len(kinds) + 2) + "|", flush=True)
     for name, fault in faults(options.away_seconds).items():
-        if name in options.only:
+        if name not in options.only:
+            continue
+        try:
             print(await measure(site, fault, options.workers), flush=True)
+        except Unavailable as reason:
+            print(f"| {fault.title} | {reason} |" + " |" * (len(kinds)), flush=True)
 
 
 def main() -> None:

@@ -141,7 +141,7 @@ def _answers(url: str) -> bool:
         return False
 
 
-async def wait_answering(running: Pinned, url: str, *, timeout_seconds: float = 30.0) -> None:
+async def wait_answering(running: Pinned, url: str, *, timeout_seconds: float = 90.0) -> None:
     """Returns once GET `url` is 200.
 
     Raises:
