@@ -37,6 +37,7 @@ from tests.support.waiting import eventually
 
 ENGINES = 4
 CLIENTS = 16
+STORM_SECONDS = 20.0
 # The engine that breaks is the first.
 BROKEN = f"{DEPLOYMENT}-0"
 MAX_TOKENS = 48
@@ -229,7 +230,7 @@ def faults(away_seconds: float) -> dict[str, Fault]:
         "core-continued": Fault(f"{core}, streams continue", _core_dies, dies, continuation=True),
         "stall": Fault(f"engine accepts and never answers, {3 * TIMEOUT_SECONDS:g} s", _stall_engine),
         "worker": Fault("one of the router's workers killed", _kill_worker),
-        "storm": Fault(f"storm of client errors, {away}", _storm(min(away_seconds, 20.0))),
+        "storm": Fault(f"storm of client errors, {STORM_SECONDS:g} s", _storm(STORM_SECONDS)),
         "stats": Fault(f"no fresh statistics for {away}", _freeze_samples(away_seconds)),
         "etcd": Fault(f"etcd away for {away}", _take_etcd_away(away_seconds)),
     }
