@@ -312,6 +312,12 @@ async def _compare(options: argparse.Namespace, site: Site, urls: Sequence[str],
                 print(f"| {target} | {reason} |" + " |" * 7, flush=True)
                 continue
             taken.setdefault(name, []).append(figures)
+            # A round takes minutes where the machine is busy; what is known is not kept back.
+            print(
+                f"{name}: hit rate {figures.hit_rate:.3f}, spread {figures.spread:.2f}",
+                file=sys.stderr,
+                flush=True,
+            )
     for name, rounds in taken.items():
         print(row(name, rounds), flush=True)
 
