@@ -27,11 +27,11 @@ ETCD_PORT ?= 2389
 ROUTER_WORKERS ?= 1
 ENGINE ?= vllm
 
-.PHONY: help up down test test-unit test-integration test-e2e test-scheduler native test-native lint type gen fmt
-.PHONY: bench bench-router bench-scheduler chaos clean sync
+.PHONY: help up down test test-unit test-integration test-e2e test-scheduler native test-native lint type gen fmt clean sync
+.PHONY: bench bench-router bench-router-virtual bench-router-live bench-scheduler soak chaos
 
 help: ## Show this help
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-18s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-21s %s\n", $$1, $$2}'
 	@echo
 	@echo "  Options of make up: ROUTER_PORT=$(ROUTER_PORT) GRPC_PORT=$(GRPC_PORT) GATEWAY_PORT=$(GATEWAY_PORT)"
 	@echo "                      AGENT_PORT=$(AGENT_PORT) ETCD_PORT=$(ETCD_PORT) ROUTER_WORKERS=$(ROUTER_WORKERS) ENGINE=$(ENGINE) (or simulator)"
@@ -81,12 +81,29 @@ bench: $(STAMP) ## Measure: declaration to ready, fail-over
 
 # A trace in Mooncake's format, for instance TRACE=mooncake-conversation.jsonl; without it the loads are generated.
 TRACE ?=
-bench-router: $(STAMP) ## Compare picking strategies in virtual time (TRACE=FILE), and measure the prefix index
+LOADS := one-prefix shared-prefix multi-turn random
+bench-router: bench-router-virtual bench-router-live ## All about the router: virtual time, then live beside its peers (TRACE=FILE)
+
+bench-router-virtual: $(STAMP) ## Compare picking strategies in virtual time (TRACE=FILE), and measure the prefix index
 	@if [ -n "$(TRACE)" ]; then for rate in 45 60; do for routers in 1 2; do \
 		$(BIN)/python -m tests.bench.router_trace --trace "$(TRACE)" --rate $$rate --routers $$routers; done; done; fi
-	@for load in one-prefix shared-prefix multi-turn random; do \
+	@for load in $(LOADS); do \
 		$(BIN)/python -m tests.bench.router_trace --load $$load; done
 	@$(BIN)/python -m tests.bench.prefix_index
+
+# gRPC talks on standard error about every process that is started beside it.
+LIVE := GRPC_VERBOSITY=ERROR $(BIN)/python -m
+bench-router-live: $(STAMP) ## Live, beside peers from PyPI: speed, replay (TRACE=FILE), real vLLM, faults (half an hour)
+	@$(LIVE) tests.bench.router_live.speed
+	@if [ -n "$(TRACE)" ]; then for rate in 45 60; do \
+		$(LIVE) tests.bench.router_live.replay --trace "$(TRACE)" --rate $$rate --routers 1 2; done; fi
+	@for load in $(LOADS); do $(LIVE) tests.bench.router_live.replay --load $$load --requests 1500; done
+	@$(LIVE) tests.bench.router_live.real_vllm || echo "(e) is left out"
+	@$(LIVE) tests.bench.router_faults
+
+SECONDS ?= 3600
+soak: $(STAMP) ## Keep a router under load and look for leaks (SECONDS=3600)
+	@$(LIVE) tests.bench.router_soak --seconds $(SECONDS)
 
 bench-scheduler: $(STAMP) ## Measure full plans and rounds of the loop (1000 nodes, 5000 replicas), and a thousand agents
 	@$(BIN)/python -m tests.bench.scheduler --profile

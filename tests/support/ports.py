@@ -13,3 +13,20 @@ def free_ports(count: int) -> list[int]:
     finally:
         for each in sockets:
             each.close()
+
+
+def consecutive_ports(count: int) -> int:
+    """Finds a row of ports that are free now and returns the first.
+
+    Raises:
+        RuntimeError: No such row was found; the machine has hardly any free port.
+    """
+    for first in (port for port in free_ports(64) if port + count <= 65_536):
+        try:
+            for port in range(first, first + count):
+                with socket.create_server(("127.0.0.1", port)):
+                    pass
+        except OSError:
+            continue
+        return first
+    raise RuntimeError(f"no {count} consecutive free ports on 127.0.0.1")

@@ -1,0 +1,1 @@
+"""Live benchmarks of the router: real processes, pinned to cores, beside its peers in the same run."""
