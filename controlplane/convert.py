@@ -9,6 +9,7 @@ from typing import TypeAlias, cast
 
 from google.protobuf.struct_pb2 import Struct, Value
 from millrace.core.v1 import deployment_pb2, sizing_pb2, types_pb2
+from millrace.state.v1 import records_pb2
 
 from controlplane.sizing import SizingResult
 
@@ -35,11 +36,40 @@ def dict_to_struct(values: Mapping[str, object]) -> Struct:
     return struct
 
 
-def desired_replicas(spec: deployment_pb2.DeploymentSpec) -> int:
-    """Replicas that a spec asks for: one a URL for external engines, 1 where it does not say.
+def desired_replicas(
+    spec: deployment_pb2.DeploymentSpec, concluded: records_pb2.DeploymentPlanRecord | None = None
+) -> int:
+    """Replicas that are wanted: what the autoscaler decided, else what the spec asks for.
 
-    A spec that stops an external deployment (`replicas: 0`) is honoured.
+    That is one a URL for external engines, and 1 where it does not say. A spec that stops an external
+    deployment (`replicas: 0`) is honoured. Before the autoscaler has looked, its bounds hold.
+
+    Args:
+        spec: What the user wants.
+        concluded: What was concluded about the same deployment; None before anything was.
     """
+    if autoscaled(spec):
+        if concluded is not None and concluded.HasField("autoscale"):
+            return concluded.autoscale.desired_replicas
+        least = spec.autoscale.min_replicas if spec.autoscale.HasField("min_replicas") else 1
+        return min(max(declared_replicas(spec), least), spec.autoscale.max_replicas)
+    return declared_replicas(spec)
+
+
+def autoscaled(spec: deployment_pb2.DeploymentSpec) -> bool:
+    """Tells whether the autoscaler decides how many replicas there are.
+
+    `replicas: 0` stops a deployment, and the autoscaler with it, unless the policy allows zero: then it
+    sleeps until the first request.
+    """
+    if not spec.HasField("autoscale") or spec.engine == types_pb2.ENGINE_EXTERNAL:
+        return False
+    stopped = spec.HasField("replicas") and spec.replicas == 0
+    return not stopped or (spec.autoscale.HasField("min_replicas") and spec.autoscale.min_replicas == 0)
+
+
+def declared_replicas(spec: deployment_pb2.DeploymentSpec) -> int:
+    """Replicas that the spec itself asks for."""
     if spec.engine == types_pb2.ENGINE_EXTERNAL:
         stopped = spec.HasField("replicas") and spec.replicas == 0
         return 0 if stopped else len(external_urls(spec))

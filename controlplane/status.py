@@ -10,12 +10,13 @@ from collections.abc import Iterable, Mapping
 from millrace.core.v1 import deployment_pb2, replica_pb2, types_pb2
 from millrace.state.v1 import records_pb2
 
-from controlplane.convert import desired_replicas
+from controlplane.convert import autoscaled, desired_replicas
 from controlplane.scheduler.conclude import UNPLACED
 from core.clock import from_timestamp
 
 SCHEDULED = "Scheduled"
 AVAILABLE = "Available"
+PROGRESSING = "Progressing"
 
 
 def replica_state(
@@ -50,7 +51,8 @@ def deployment_status(
         (each for each in assignments if each.deployment_uid == record.uid),
         key=lambda each: (each.create_time.ToNanoseconds(), each.replica),
     )
-    desired = desired_replicas(record.spec)
+    desired = desired_replicas(record.spec, plan_record)
+    launched = launch_generation(record, plan_record)
     # The Available condition is written together with the endpoints: before that, no router knows of a
     # replica that its agent calls ready already.
     ready = (
@@ -66,7 +68,7 @@ def deployment_status(
             or ready != desired
             or len(own) != desired
             or not _holds(plan_record, SCHEDULED)
-            or any(each.generation != record.launch_generation for each in own)
+            or any(each.generation != launched for each in own)
         ),
         phase=_phase(
             desired=desired,
@@ -85,6 +87,62 @@ def deployment_status(
         status.conditions.extend(plan_record.conditions)
         if plan_record.HasField("last_failure"):
             status.last_failure.CopyFrom(plan_record.last_failure)
+        if plan_record.HasField("rollout"):
+            status.rollout.CopyFrom(_rollout(record, plan_record, own, seen))
+        if autoscaled(record.spec) and plan_record.HasField("autoscale"):
+            status.autoscale.CopyFrom(_autoscale(plan_record.autoscale))
+    return status
+
+
+def launch_generation(
+    record: records_pb2.DeploymentRecord, plan_record: records_pb2.DeploymentPlanRecord | None
+) -> int:
+    """Launch generation that new replicas are started from: not the spec's after a roll back."""
+    if plan_record is None or not plan_record.HasField("good_launch"):
+        return record.launch_generation
+    rollout = plan_record.rollout
+    if rollout.rolled_back_reason and rollout.launch_generation == record.launch_generation:
+        return plan_record.good_launch.launch_generation
+    return record.launch_generation
+
+
+def _rollout(
+    record: records_pb2.DeploymentRecord,
+    plan_record: records_pb2.DeploymentPlanRecord,
+    own: list[replica_pb2.ReplicaAssignment],
+    seen: Mapping[str, replica_pb2.ReplicaObservation],
+) -> deployment_pb2.RolloutStatus:
+    rollout, good = plan_record.rollout, plan_record.good_launch
+    updated = [each for each in own if each.generation == record.launch_generation]
+    present = rollout.launch_generation == record.launch_generation
+    status = deployment_pb2.RolloutStatus(
+        launch_generation=record.launch_generation,
+        serving_generation=launch_generation(record, plan_record),
+        updated_replicas=sum(1 for each in updated if _serves(each, seen.get(each.replica))),
+        outdated_replicas=len(own) - len(updated),
+        rolled_back_reason=rollout.rolled_back_reason if present else "",
+    )
+    if not (present and rollout.HasField("complete_time")):
+        status.progress_time.CopyFrom(rollout.progress_time)
+    if plan_record.HasField("good_launch"):
+        if good.launch_generation != record.launch_generation:
+            status.previous_spec.CopyFrom(good.spec)
+        elif good.HasField("previous_spec"):
+            status.previous_spec.CopyFrom(good.previous_spec)
+    return status
+
+
+def _autoscale(state: records_pb2.AutoscaleState) -> deployment_pb2.AutoscaleStatus:
+    status = deployment_pb2.AutoscaleStatus(
+        desired_replicas=state.desired_replicas,
+        floor_replicas=state.floor_replicas,
+        reason=state.reason,
+        message=state.message,
+    )
+    if state.HasField("out_time"):
+        status.out_time.CopyFrom(state.out_time)
+    if state.HasField("step_time"):
+        status.step_time.CopyFrom(state.step_time)
     return status
 
 

@@ -11,6 +11,7 @@ from millrace.core.v1 import policy_pb2, replica_pb2, types_pb2
 from millrace.state.v1 import records_pb2
 
 from controlplane.convert import desired_replicas, external_urls
+from controlplane.reconciler.rollouts import good_launch, launched_record
 from controlplane.reconciler.view import View
 from controlplane.scheduler import (
     Claim,
@@ -18,16 +19,20 @@ from controlplane.scheduler import (
     DeviceView,
     EngineView,
     Failure,
+    Launch,
+    Limits,
     Need,
     NodeView,
     Pin,
     Preemption,
+    Progress,
     Quota,
     ReplicaView,
     Reservation,
     Snapshot,
     Taint,
     Toleration,
+    effective,
 )
 from controlplane.scheduler.books import Books
 from controlplane.scheduler.structs import PRIORITY_DEFAULT
@@ -143,26 +148,33 @@ def convert_deployment(
 ) -> DeploymentView:
     """Converts a deployment's records.
 
+    After a roll back it is the deployment with the launch that served before.
+
     Args:
         name: `namespace/name`.
         record: What the user wants.
         concluded: What was concluded about this very deployment before.
     """
-    return DeploymentView(
+    declared = DeploymentView(
         key=name,
         uid=record.uid,
         generation=record.generation,
         launch_generation=record.launch_generation,
-        desired=desired_replicas(record.spec),
+        desired=desired_replicas(record.spec, concluded),
         need=_need(record),
         external_urls=external_urls(record.spec),
         failure=_failure(concluded),
         observed_generation=concluded.observed_generation if concluded is not None else 0,
+        spec_launch_generation=record.launch_generation,
+        limits=_limits(record.spec.rollout),
+        progress=_progress(concluded),
+        good=_good(record, concluded),
         priority=record.spec.priority if record.spec.HasField("priority") else PRIORITY_DEFAULT,
         pins=tuple(Pin(each.node, tuple(each.device_ids)) for each in record.spec.placement.device_pins),
         reservations=tuple(_reservation(each) for each in concluded.reservations) if concluded else (),
         preemption=_preemption(concluded),
     )
+    return effective(declared)
 
 
 def _need(record: records_pb2.DeploymentRecord) -> Need:
@@ -200,6 +212,41 @@ def _preemption(concluded: records_pb2.DeploymentPlanRecord | None) -> Preemptio
     )
 
 
+def _limits(rollout: policy_pb2.Rollout) -> Limits:
+    return Limits(
+        surge=rollout.max_surge if rollout.HasField("max_surge") else None,
+        unavailable=rollout.max_unavailable if rollout.HasField("max_unavailable") else None,
+        progress_deadline=(
+            rollout.progress_deadline.ToTimedelta() if rollout.HasField("progress_deadline") else None
+        ),
+        drain=rollout.drain_timeout.ToTimedelta() if rollout.HasField("drain_timeout") else None,
+    )
+
+
+def _progress(concluded: records_pb2.DeploymentPlanRecord | None) -> Progress | None:
+    if concluded is None or not concluded.HasField("rollout"):
+        return None
+    rollout = concluded.rollout
+    return Progress(
+        generation=rollout.launch_generation,
+        progress_time=from_timestamp(rollout.progress_time) or _EPOCH,
+        served=rollout.served_replicas,
+        furthest=_state(rollout.furthest_state),
+        complete_time=from_timestamp(rollout.complete_time),
+        rolled_back_reason=rollout.rolled_back_reason,
+    )
+
+
+def _good(
+    record: records_pb2.DeploymentRecord, concluded: records_pb2.DeploymentPlanRecord | None
+) -> Launch | None:
+    good = good_launch(record, concluded)
+    if good is None:
+        return None
+    generation = good.launch_generation
+    return Launch(generation, _need(launched_record(record, generation, concluded)))
+
+
 def _failure(concluded: records_pb2.DeploymentPlanRecord | None) -> Failure | None:
     if concluded is None or not concluded.HasField("last_failure"):
         return None
@@ -211,6 +258,7 @@ def _failure(concluded: records_pb2.DeploymentPlanRecord | None) -> Failure | No
         time=from_timestamp(failure.time) or _EPOCH,
         consecutive=failure.consecutive_failures,
         next_attempt=from_timestamp(failure.next_attempt_time),
+        generation=failure.generation,
     )
 
 

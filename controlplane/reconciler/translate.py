@@ -7,7 +7,7 @@ drain and its endpoint's state are always written together.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 
 from google.protobuf.message import Message
@@ -17,10 +17,11 @@ from millrace.state.v1 import records_pb2
 from controlplane.convert import served_model_name
 from controlplane.knowledge.environments import Environments
 from controlplane.reconciler.endpoints import endpoints
+from controlplane.reconciler.rollouts import keep_autoscale, launched_record, record_rollout
 from controlplane.reconciler.view import Grouped, View
 from controlplane.scheduler import Conclusion, Condition, Drain, Place, Plan, Remove, Truth
 from controlplane.scheduler.conclude import UNPLACED
-from controlplane.status import AVAILABLE, SCHEDULED
+from controlplane.status import AVAILABLE, PROGRESSING, SCHEDULED
 from core.clock import to_timestamp
 from core.states import DeviceKind, Engine
 from core.store import Compare, Delete, Operation, Put, keys
@@ -239,13 +240,13 @@ class _Scribe:
         return drained
 
     def _placed(self, place: Place) -> replica_pb2.ReplicaAssignment:
-        record = self.view.deployments[keys.SPEC_DEPLOYMENTS + self.name]
+        record = self._launched(place)
         return replica_pb2.ReplicaAssignment(
             namespace=record.namespace,
             deployment=record.name,
             deployment_uid=record.uid,
             replica=place.replica,
-            generation=record.launch_generation,
+            generation=place.generation,
             node=place.node,
             devices=[
                 replica_pb2.DeviceClaim(device_id=claim.device_id, memory_bytes=claim.memory_bytes)
@@ -273,6 +274,12 @@ class _Scribe:
                 {name: value for name, value in row.arguments.items() if name.replace("-", "_") not in said}
             )
         return launch
+
+    def _launched(self, place: Place) -> records_pb2.DeploymentRecord:
+        """The record that a replica is started from: after a roll back, with the launch that served last."""
+        record = self.view.deployments[keys.SPEC_DEPLOYMENTS + self.name]
+        concluded = self.view.conclusions.get(keys.PLAN_DEPLOYMENTS + self.name)
+        return launched_record(record, place.generation, concluded)
 
     def _order(self, unit: Transaction, replica: str, after: replica_pb2.ReplicaAssignment | None) -> None:
         key = f"{keys.PLAN_REPLICAS}{self.name}/{replica}"
@@ -319,8 +326,16 @@ class _Scribe:
         )
         self._failure(after, conclusion, before)
         _write_preemption(after, conclusion)
+        keep_autoscale(after, before, spec)
+        told = record_rollout(after, before, spec, conclusion, after.last_failure.log_tail)
+        if conclusion.progressing is not None:
+            message = conclusion.progressing.message + told.addition
+            progressing = replace(conclusion.progressing, message=message)
+            after.conditions.append(self._condition(PROGRESSING, progressing, before))
         if after != before:
             unit.write(key, after, revision)
+            if told.reason:
+                unit.notices.append(self._notice(told.reason, told.message, warning=told.warning))
             if conclusion.scheduled.reason in UNPLACED and not _was_unschedulable(before):
                 message = conclusion.scheduled.message
                 unit.notices.append(self._notice("Unschedulable", message, warning=True))
@@ -354,6 +369,7 @@ class _Scribe:
         after.last_failure.message = failure.message
         after.last_failure.time.CopyFrom(to_timestamp(failure.time))
         after.last_failure.consecutive_failures = failure.consecutive
+        after.last_failure.generation = failure.generation
         if failure.next_attempt is not None:
             after.last_failure.next_attempt_time.CopyFrom(to_timestamp(failure.next_attempt))
         observed = self.observations.get(failure.replica)

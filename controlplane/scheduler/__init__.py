@@ -7,6 +7,7 @@ words are defined in `structs`, the stages in `reconcile` (what) and `place` (wh
 
 from controlplane.scheduler.explain import Explanation, NodeVerdict, explain_deployment
 from controlplane.scheduler.planner import Planner, plan
+from controlplane.scheduler.rollout import effective
 from controlplane.scheduler.structs import (
     Claim,
     Conclusion,
@@ -16,6 +17,8 @@ from controlplane.scheduler.structs import (
     Drain,
     EngineView,
     Failure,
+    Launch,
+    Limits,
     Need,
     NodeView,
     Pin,
@@ -23,6 +26,7 @@ from controlplane.scheduler.structs import (
     Plan,
     Policy,
     Preemption,
+    Progress,
     Quota,
     Remove,
     ReplicaView,
@@ -43,6 +47,8 @@ __all__ = [
     "EngineView",
     "Explanation",
     "Failure",
+    "Launch",
+    "Limits",
     "Need",
     "NodeVerdict",
     "NodeView",
@@ -52,6 +58,7 @@ __all__ = [
     "Planner",
     "Policy",
     "Preemption",
+    "Progress",
     "Quota",
     "Remove",
     "ReplicaView",
@@ -60,6 +67,7 @@ __all__ = [
     "Taint",
     "Toleration",
     "Truth",
+    "effective",
     "explain_deployment",
     "plan",
 ]

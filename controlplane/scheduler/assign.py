@@ -181,6 +181,7 @@ class Assigner:
                 claims=found.claims,
                 why=why,
                 external_url=self._urls[result.placed] if external else "",
+                generation=deployment.launch_generation,
             )
         )
         result.placed += 1

@@ -1,4 +1,4 @@
-"""What to tell users: the Scheduled and Available conditions of a deployment, each with its why.
+"""What to tell users: the conditions of a deployment, each with its why.
 
 In comes the outcome of planning one deployment, out comes a `Conclusion`. The texts depend on nothing
 that changes by itself, so that an unchanged cluster gives unchanged conclusions.
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from controlplane.scheduler.explain import QUOTA_EXCEEDED, UNSCHEDULABLE, Explanation
 from controlplane.scheduler.reconcile import Class, Sorted
+from controlplane.scheduler.rollout import Settled
 from controlplane.scheduler.structs import (
     Conclusion,
     Condition,
@@ -44,6 +45,7 @@ class Outcome:
         yielded: A replica that makes room for its successor; None for none.
         failure: What is remembered of failures.
         frozen: Why its replicas on silent nodes stay; empty for none.
+        settled: How its launch generation stands.
         coming: True when replicas that drain already will leave the room.
         reservations: Room that is kept for its replicas.
         preemption: How it last lost a replica to a more important deployment; None for not at all.
@@ -56,6 +58,7 @@ class Outcome:
     yielded: Sorted | None
     failure: Failure | None
     frozen: str
+    settled: Settled
     coming: bool = False
     reservations: tuple[Reservation, ...] = ()
     preemption: Preemption | None = None
@@ -69,6 +72,9 @@ def conclude(deployment: DeploymentView, outcome: Outcome) -> Conclusion:
         available=_available(deployment, outcome),
         failure=outcome.failure,
         pending=outcome.missing,
+        progressing=outcome.settled.condition,
+        progress=outcome.settled.progress,
+        good_generation=outcome.settled.good_generation,
         reservations=outcome.reservations,
         # Over once it has all that it wants again.
         preemption=outcome.preemption if outcome.missing else None,

@@ -13,6 +13,7 @@ from controlplane.scheduler.books import Books
 from controlplane.scheduler.explain import Explanation, explain_briefly
 from controlplane.scheduler.place import Index
 from controlplane.scheduler.reconcile import Class, Sorted
+from controlplane.scheduler.rollout import Settled
 from controlplane.scheduler.structs import (
     Claim,
     Conclusion,
@@ -44,6 +45,7 @@ class Draft:
         wake: When time alone calls for the next look, by deployment.
         reserves: True once room was reserved, or a reservation given up.
         planned: Deployments whose turn is over.
+        standings: How the launch generations of the deployments that are looked at stand.
     """
 
     books: Books
@@ -61,6 +63,7 @@ class Draft:
     wake: dict[str, datetime] = field(default_factory=dict)
     reserves: bool = False
     planned: set[str] = field(default_factory=set)
+    standings: dict[str, Settled] = field(default_factory=dict)
     _indexes: dict[Need, Index] = field(default_factory=dict)
     _explanations: dict[Need, Explanation] = field(default_factory=dict)
     _undo: list[tuple[bool, str, str, tuple[Claim, ...]]] = field(default_factory=list)
@@ -126,7 +129,9 @@ class Draft:
     def give_up(self, each: Sorted, preempted_by: str = "") -> None:
         """Decides to drain a replica, which holds its room until it has ended."""
         replica = each.replica
-        deadline = self.now + self.policy.drain
+        owner = self.books.deployments.get(replica.deployment)
+        patience = owner.limits.drain if owner is not None else None
+        deadline = self.now + (self.policy.drain if patience is None else patience)
         self.drain.append(Drain(replica.replica, replica.deployment, deadline, each.why, preempted_by))
         self.leaving.add(replica.replica)
         if not replica.observed:

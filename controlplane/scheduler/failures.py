@@ -50,6 +50,9 @@ def remember(
     if deployment.generation != deployment.observed_generation or deployment.desired == 0:
         # Someone has changed the spec: that is a reason to try at once.
         failure = None
+    if failure is not None and failure.generation not in {0, deployment.launch_generation}:
+        # Another launch's: it is told until the present one has proved itself, and delays nothing.
+        failure = replace(failure, next_attempt=None)
     at_once = 0
     for replica in sorted(failed, key=lambda each: (each.state_time or now, each.replica)):
         if replica.generation != deployment.launch_generation:
@@ -79,6 +82,8 @@ def _after(
     previous: Failure | None, replica: ReplicaView, now: datetime, policy: Policy
 ) -> tuple[Failure, int]:
     """Adds one failure; also returns how many replacements it allows at once."""
+    if previous is not None and previous.generation not in {0, replica.generation}:
+        previous = None
     served = replica.ready_time is not None
     ended = replica.state_time or now
     stable = replica.ready_time is not None and ended - replica.ready_time >= policy.stable
@@ -102,5 +107,6 @@ def _after(
         time=now,
         consecutive=consecutive,
         next_attempt=next_attempt,
+        generation=replica.generation,
     )
     return found, at_once

@@ -19,7 +19,7 @@ from controlplane.scheduler.assign import Assigned, Assigner
 from controlplane.scheduler.books import Books
 from controlplane.scheduler.conclude import Outcome, conclude
 from controlplane.scheduler.draft import Draft, NewReplicaId
-from controlplane.scheduler.failures import remember
+from controlplane.scheduler.failures import Memory, remember
 from controlplane.scheduler.reconcile import (
     Case,
     Class,
@@ -29,6 +29,7 @@ from controlplane.scheduler.reconcile import (
     hold_pins,
 )
 from controlplane.scheduler.rolling import Intent, intend
+from controlplane.scheduler.rollout import settle
 from controlplane.scheduler.structs import Conclusion, DeploymentView, Plan, Policy, Snapshot
 from core.states import NodeState
 
@@ -164,7 +165,7 @@ class Planner:
             heapify(queue)
             while queue:
                 key = heappop(queue)[-1]
-                _plan_deployment(draft, self.books.deployments[key], intents[key])
+                _plan_deployment(draft, _owner(draft, key), intents[key])
                 for victim in draft.preemptions.keys() - draft.planned:
                     # Less important, so that its turn is still to come; it had a replica until now.
                     if victim not in intents:
@@ -216,22 +217,56 @@ def _give_up(draft: Draft, key: str) -> Intent | None:
             if each.result is Class.ORPHAN:
                 draft.give_up(each)
         return None
-    intent = intend(owner, members, draft.policy)
+    intent = intend(_owner(draft, key), draft.members[key], draft.policy)
     for each in intent.drain:
         draft.give_up(each)
     return intent
 
 
+def _owner(draft: Draft, key: str) -> DeploymentView:
+    """A deployment with the launch that is to be started now: after a roll back, the one before."""
+    if key not in draft.standings:
+        owner, members = draft.books.deployments[key], draft.members[key]
+        memory = _remembered(draft, owner)
+        frozen = bool(_frozen_for(draft, members))
+        settled = settle(owner, members, memory.failure, draft.now, draft.policy, frozen=frozen)
+        draft.standings[key] = settled
+        if settled.deployment.launch_generation != owner.launch_generation:
+            owner = replace(settled.deployment, failure=memory.failure)
+            draft.standings[key] = replace(settled, deployment=owner)
+            _sort_again(draft, owner)
+    return draft.standings[key].deployment
+
+
+def _sort_again(draft: Draft, owner: DeploymentView) -> None:
+    """Sorts the replicas of a deployment that goes back to an earlier launch; who leaves, leaves."""
+    nodes = draft.books.nodes
+    members = [
+        classify(
+            Case(each.replica, owner, nodes.get(each.replica.node), draft.frozen, draft.policy, draft.now)
+        )
+        if each.result in _LIVING
+        else each
+        for each in draft.members[owner.key]
+    ]
+    draft.members[owner.key] = hold_pins(owner, members)[0]
+
+
+def _remembered(draft: Draft, deployment: DeploymentView) -> Memory:
+    members = draft.members[deployment.key]
+    living = [each.replica for each in members if each.result not in _REMOVED]
+    failed = [each.replica for each in members if each.result is Class.FAILED]
+    return remember(deployment, failed, living, draft.now, draft.policy)
+
+
 def _intent(draft: Draft, key: str) -> Intent:
     """What a deployment wants after it lost replicas in this plan; who else leaves was decided before."""
-    return replace(intend(draft.books.deployments[key], draft.members[key], draft.policy), drain=())
+    return replace(intend(_owner(draft, key), draft.members[key], draft.policy), drain=())
 
 
 def _plan_deployment(draft: Draft, deployment: DeploymentView, intent: Intent) -> None:
     members = draft.members[deployment.key]
-    living = [each.replica for each in members if each.result not in _REMOVED]
-    failed = [each.replica for each in members if each.result is Class.FAILED]
-    memory = remember(deployment, failed, living, draft.now, draft.policy)
+    memory, settled = _remembered(draft, deployment), draft.standings[deployment.key]
     waiting = memory.failure.next_attempt if memory.failure is not None else None
     allowed = intent.allowed if waiting is None else min(intent.allowed, memory.at_once)
     assigner = Assigner(draft, deployment, members, intent, memory)
@@ -241,7 +276,7 @@ def _plan_deployment(draft: Draft, deployment: DeploymentView, intent: Intent) -
         yielded = _yielding(intent, assigner, assigned, members)
         if yielded is not None:
             draft.give_up(yielded)
-    draft.wake_at(deployment.key, waiting, memory.forget_at)
+    draft.wake_at(deployment.key, waiting, memory.forget_at, settled.wake_at)
     draft.conclusions.append(
         conclude(
             deployment,
@@ -253,6 +288,7 @@ def _plan_deployment(draft: Draft, deployment: DeploymentView, intent: Intent) -
                 yielded=yielded,
                 failure=memory.failure,
                 frozen=_frozen_for(draft, members),
+                settled=settled,
                 coming=assigned.coming,
                 reservations=tuple(assigned.reservations),
                 preemption=draft.preemptions.get(deployment.key, deployment.preemption),

@@ -1,7 +1,8 @@
 """How many replicas of one deployment to start and which to give up, before anyone asks where.
 
 In come a deployment's sorted replicas, out comes an `Intent`. The bounds: at most `desired + surge` live
-replicas, and no replica that serves is given up while fewer than `desired` others serve. Pure arithmetic.
+replicas, and no outdated replica that serves is given up where fewer than `desired - unavailable` others
+serve. Pure arithmetic.
 """
 
 from collections.abc import Sequence
@@ -52,17 +53,33 @@ def intend(deployment: DeploymentView, members: Sequence[Sorted], policy: Policy
         key=lambda each: (each.replica.external_url not in taken_over, *stale_order(each.replica)),
     )
     drain += idle
+    surge, unavailable = _bounds(deployment, policy)
     ready = sum(1 for each in kept if each.replica.serves) + len(serving)
     excess = min(len(serving), max(0, ready - desired))
-    drain += serving[:excess]
-    left = serving[excess:]
+    # A replica that only leaves its node may have nowhere to go: it goes when its successor serves.
+    outdated = [each for each in serving if each.replica.generation != deployment.launch_generation]
+    early = min(len(outdated), max(0, ready - desired + unavailable))
+    given_up = serving[:excess] if excess >= early else outdated[:early]
+    drain += given_up
+    left = [each for each in serving if each not in given_up]
 
     missing = max(0, desired - len(kept))
-    allowed = min(missing, max(0, desired + policy.surge - len(kept) - len(left)))
-    may_yield = missing > 0 and bool(left) and ready - excess >= desired
+    allowed = min(missing, max(0, desired + surge - len(kept) - len(left)))
+    room_by_yielding = deployment.limits.unavailable is None or deployment.limits.unavailable > 0
+    may_yield = missing > 0 and bool(left) and room_by_yielding and ready - len(given_up) >= desired
     return Intent(
         drain=tuple(drain),
         missing=missing,
         allowed=allowed,
         yielding=tuple(left) if may_yield else (),
     )
+
+
+def _bounds(deployment: DeploymentView, policy: Policy) -> tuple[int, int]:
+    """How many replicas may be above and below the wanted number."""
+    limits = deployment.limits
+    surge = policy.surge if limits.surge is None else limits.surge
+    if limits.unavailable is not None:
+        return surge, limits.unavailable
+    # Without a surge nothing would ever begin.
+    return surge, 0 if surge else 1

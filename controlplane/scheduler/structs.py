@@ -28,6 +28,8 @@ class Policy:
         frozen_nodes_min: A single silent machine beside others that answer is a dead machine, not a fault
             of the network; below this many, only a cluster without any answering node is frozen.
         surge: Replicas above the wanted number while others are replaced.
+        progress_deadline: How long a rolling update may come no further.
+        rollout_failures_max: Failed starts in a row that end a rolling update.
     """
 
     drain: timedelta = timedelta(seconds=30)
@@ -37,6 +39,8 @@ class Policy:
     frozen_share: float = 0.30
     frozen_nodes_min: int = 2
     surge: int = 1
+    progress_deadline: timedelta = timedelta(minutes=10)
+    rollout_failures_max: int = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +103,7 @@ class Failure:
         time: When.
         consecutive: Failed attempts in a row.
         next_attempt: When the next one is made; None when it is made at once.
+        generation: Launch generation of the replica.
     """
 
     replica: str
@@ -107,6 +112,53 @@ class Failure:
     time: datetime
     consecutive: int
     next_attempt: datetime | None = None
+    generation: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a user allows a rolling update; None leaves it to the policy.
+
+    Attributes:
+        surge: Replicas above the wanted number.
+        unavailable: Replicas below the wanted number; None for 0, or 1 where a surge has no room.
+        progress_deadline: How long it may come no further.
+        drain: How long a draining replica may finish its requests.
+    """
+
+    surge: int | None = None
+    unavailable: int | None = None
+    progress_deadline: timedelta | None = None
+    drain: timedelta | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """A launch generation that has served, and what one of its replicas takes."""
+
+    generation: int
+    need: Need
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a launch generation has come.
+
+    Attributes:
+        generation: Which.
+        progress_time: When it came further than ever before.
+        served: Most replicas of it that have served at once.
+        furthest: Furthest state of a replica that does not serve yet, since the last one came to serve.
+        complete_time: When every replica was of it and served; None before.
+        rolled_back_reason: Why it was given up; empty while it was not.
+    """
+
+    generation: int
+    progress_time: datetime
+    served: int = 0
+    furthest: ReplicaState = ReplicaState.PENDING
+    complete_time: datetime | None = None
+    rolled_back_reason: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,12 +229,17 @@ class DeploymentView:
         key: `namespace/name`.
         uid: Tells a re-created deployment apart.
         generation: Grows with every change of the spec.
-        launch_generation: Grows with every change that needs new engines.
+        launch_generation: Launch generation that new replicas are started from.
         desired: Replicas wanted.
-        need: What one takes.
+        need: What one of that launch generation takes.
         external_urls: URLs of an external deployment: one replica each.
         failure: The last failure; None where none is remembered.
         observed_generation: Generation of the previous conclusion; 0 without one.
+        spec_launch_generation: Launch generation of the spec, which grows with every change that needs new
+            engines; 0 where it is `launch_generation`. They differ after a roll back.
+        limits: What a rolling update may do.
+        progress: How far the spec's launch generation has come; None before the first look.
+        good: The launch that a failed update goes back to; None where none has served.
         priority: 1, least, to 10.
         pins: Devices chosen by hand, one entry a replica.
         reservations: Room that is kept for its replicas.
@@ -198,10 +255,19 @@ class DeploymentView:
     external_urls: tuple[str, ...] = ()
     failure: Failure | None = None
     observed_generation: int = 0
+    spec_launch_generation: int = 0
+    limits: Limits = Limits()
+    progress: Progress | None = None
+    good: Launch | None = None
     priority: int = PRIORITY_DEFAULT
     pins: tuple[Pin, ...] = ()
     reservations: tuple[Reservation, ...] = ()
     preemption: Preemption | None = None
+
+    @property
+    def declared_generation(self) -> int:
+        """Launch generation of the spec."""
+        return self.spec_launch_generation or self.launch_generation
 
     @property
     def namespace(self) -> str:
@@ -316,7 +382,7 @@ class Snapshot:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Start a replica."""
+    """Start a replica of a launch generation."""
 
     replica: str
     deployment: str
@@ -324,6 +390,7 @@ class Place:
     claims: tuple[Claim, ...]
     why: str
     external_url: str = ""
+    generation: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -381,13 +448,27 @@ class Condition:
 
 @dataclass(frozen=True, slots=True)
 class Conclusion:
-    """What was concluded about a deployment."""
+    """What was concluded about a deployment.
+
+    Attributes:
+        deployment: Which.
+        scheduled: Whether its replicas are placed.
+        available: Whether some serve.
+        failure: What is remembered of failures.
+        pending: Replicas that are wanted and not placed.
+        progressing: How its launch generation comes on; None where nobody asked.
+        progress: The same, to be kept.
+        good_generation: Launch generation that a failed update goes back to.
+    """
 
     deployment: str
     scheduled: Condition
     available: Condition
     failure: Failure | None = None
     pending: int = 0
+    progressing: Condition | None = None
+    progress: Progress | None = None
+    good_generation: int | None = None
     reservations: tuple[Reservation, ...] = ()
     preemption: Preemption | None = None
 

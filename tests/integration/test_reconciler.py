@@ -63,6 +63,7 @@ async def test_a_declared_model_comes_to_serve(cluster: ReconciledCluster) -> No
     assert [(each.type, each.status) for each in concluded.conditions] == [
         ("Scheduled", types_pb2.CONDITION_STATUS_TRUE),
         ("Available", types_pb2.CONDITION_STATUS_TRUE),
+        ("Progressing", types_pb2.CONDITION_STATUS_TRUE),
     ]
     assert cluster.events.reasons() == ["Scheduled"]
 

@@ -50,8 +50,10 @@ def change(world: World, key: str, data: st.DataObject) -> None:
         case "scale":
             world.deployments[key] = replace(again, desired=data.draw(st.integers(0, 6)))
         case "update":
-            launch = view.launch_generation + 1
-            world.deployments[key] = replace(again, need=data.draw(needs()), launch_generation=launch)
+            launch = view.declared_generation + 1
+            world.deployments[key] = replace(
+                again, need=data.draw(needs()), launch_generation=launch, spec_launch_generation=0
+            )
         case "priority":
             world.deployments[key] = replace(again, priority=data.draw(st.integers(1, 10)))
         case "placement":

@@ -16,6 +16,7 @@ from controlplane.scheduler import (
     DeploymentView,
     DeviceView,
     EngineView,
+    Launch,
     Need,
     NodeView,
     Pin,
@@ -27,6 +28,7 @@ from controlplane.scheduler import (
     Snapshot,
     Taint,
     Toleration,
+    effective,
     plan,
 )
 from core.states import DeviceKind, Engine, NodeState, ReplicaState, TaintEffect
@@ -52,6 +54,7 @@ class World:
     now: datetime = START
     ids: "itertools.count[int]" = field(default_factory=itertools.count)
     fails: Callable[[str], bool] = lambda _: False
+    broken_generations: frozenset[int] = frozenset()
     planner: Planner = field(default_factory=lambda: Planner(POLICY), repr=False)
 
     def snapshot(self) -> Snapshot:
@@ -93,7 +96,7 @@ class World:
                 replica=place.replica,
                 deployment=place.deployment,
                 uid=owner.uid,
-                generation=owner.launch_generation,
+                generation=place.generation,
                 node=place.node,
                 claims=place.claims,
                 draining=False,
@@ -104,12 +107,19 @@ class World:
         for conclusion in made.conclusions:
             view = before[conclusion.deployment]
             if view.key not in lost:
-                self.deployments[view.key] = replace(
-                    view,
-                    failure=conclusion.failure,
-                    observed_generation=view.generation,
-                    reservations=conclusion.reservations,
-                    preemption=conclusion.preemption,
+                good = view.good
+                if conclusion.good_generation == view.declared_generation:
+                    good = Launch(view.declared_generation, view.need)
+                self.deployments[view.key] = effective(
+                    replace(
+                        view,
+                        failure=conclusion.failure,
+                        observed_generation=view.generation,
+                        reservations=conclusion.reservations,
+                        preemption=conclusion.preemption,
+                        progress=conclusion.progress,
+                        good=good,
+                    )
                 )
         self.planner.look_again(lost)
 
@@ -132,7 +142,8 @@ class World:
             return replace(seen, state=ReplicaState.DRAINING, state_time=self.now)
         if replica.state is ReplicaState.ASSIGNED:
             return replace(seen, state=ReplicaState.STARTING, state_time=self.now)
-        if replica.state is ReplicaState.STARTING and self.fails(replica.node):
+        broken = self.fails(replica.node) or replica.generation in self.broken_generations
+        if replica.state is ReplicaState.STARTING and broken:
             return replace(seen, state=ReplicaState.FAILED, state_time=self.now, message="it crashed")
         if replica.state is ReplicaState.STARTING:
             seen = replace(seen, state=ReplicaState.READY, state_time=self.now, ready_time=self.now)
@@ -187,7 +198,8 @@ class World:
                 for each in serving
                 if each.replica in removed and self.nodes[each.node].state is NodeState.LOST
             ]
-            floor = min(len(serving) - len(lost), max(0, view.desired - 1))
+            unavailable = max(1, view.limits.unavailable or 0)
+            floor = min(len(serving) - len(lost), max(0, view.desired - unavailable))
             assert len(kept) >= floor, f"{key}: {len(serving)} served, only {len(kept)} are kept"
 
     def check_state(self) -> None:
@@ -205,9 +217,8 @@ class World:
                 and self.nodes[each.node].state is not NodeState.LOST
             ]
             fresh = [each for each in live if each.created == self.now]
-            assert len(live) <= view.desired + POLICY.surge or not fresh, (
-                f"{key}: {len(live)} of {view.desired}"
-            )
+            surge = POLICY.surge if view.limits.surge is None else view.limits.surge
+            assert len(live) <= view.desired + surge or not fresh, f"{key}: {len(live)} of {view.desired}"
 
     def _check_room(self) -> None:
         """No device is oversold, and nobody takes room that is kept for another."""

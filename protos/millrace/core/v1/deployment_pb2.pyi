@@ -190,6 +190,8 @@ class DeploymentStatus(_message.Message):
     SIZING_FIELD_NUMBER: _builtins.int
     REPLICAS_FIELD_NUMBER: _builtins.int
     LAST_FAILURE_FIELD_NUMBER: _builtins.int
+    ROLLOUT_FIELD_NUMBER: _builtins.int
+    AUTOSCALE_FIELD_NUMBER: _builtins.int
     observed_generation: _builtins.int
     """Generation of the spec that this status speaks of."""
     reconciling: _builtins.bool
@@ -202,7 +204,7 @@ class DeploymentStatus(_message.Message):
     """Replicas that are wanted."""
     @_builtins.property
     def conditions(self) -> _containers.RepeatedCompositeFieldContainer[Global___Condition]:
-        """Facts with their reasons: Scheduled, Available."""
+        """Facts with their reasons: Scheduled, Available, Progressing."""
 
     @_builtins.property
     def sizing(self) -> _sizing_pb2.Sizing:
@@ -216,6 +218,14 @@ class DeploymentStatus(_message.Message):
     def last_failure(self) -> Global___ReplicaFailure:
         """The last failure of a replica; kept until a later replica has served for a while or the spec changes."""
 
+    @_builtins.property
+    def rollout(self) -> Global___RolloutStatus:
+        """How far the present launch generation has come; absent before the scheduler has looked."""
+
+    @_builtins.property
+    def autoscale(self) -> Global___AutoscaleStatus:
+        """What the autoscaler decided; absent without an autoscale policy."""
+
     def __init__(
         self,
         *,
@@ -228,14 +238,112 @@ class DeploymentStatus(_message.Message):
         sizing: _sizing_pb2.Sizing | None = ...,
         replicas: _abc.Iterable[Global___ReplicaSummary] | None = ...,
         last_failure: Global___ReplicaFailure | None = ...,
+        rollout: Global___RolloutStatus | None = ...,
+        autoscale: Global___AutoscaleStatus | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["last_failure", b"last_failure", "sizing", b"sizing"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["autoscale", b"autoscale", "last_failure", b"last_failure", "rollout", b"rollout", "sizing", b"sizing"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["conditions", b"conditions", "desired_replicas", b"desired_replicas", "last_failure", b"last_failure", "observed_generation", b"observed_generation", "phase", b"phase", "ready_replicas", b"ready_replicas", "reconciling", b"reconciling", "replicas", b"replicas", "sizing", b"sizing"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["autoscale", b"autoscale", "conditions", b"conditions", "desired_replicas", b"desired_replicas", "last_failure", b"last_failure", "observed_generation", b"observed_generation", "phase", b"phase", "ready_replicas", b"ready_replicas", "reconciling", b"reconciling", "replicas", b"replicas", "rollout", b"rollout", "sizing", b"sizing"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DeploymentStatus: _TypeAlias = DeploymentStatus  # noqa: Y015
+
+@_typing.final
+class RolloutStatus(_message.Message):
+    """RolloutStatus tells how far a launch generation has come."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LAUNCH_GENERATION_FIELD_NUMBER: _builtins.int
+    SERVING_GENERATION_FIELD_NUMBER: _builtins.int
+    UPDATED_REPLICAS_FIELD_NUMBER: _builtins.int
+    OUTDATED_REPLICAS_FIELD_NUMBER: _builtins.int
+    PROGRESS_TIME_FIELD_NUMBER: _builtins.int
+    ROLLED_BACK_REASON_FIELD_NUMBER: _builtins.int
+    PREVIOUS_SPEC_FIELD_NUMBER: _builtins.int
+    launch_generation: _builtins.int
+    """Launch generation of the spec."""
+    serving_generation: _builtins.int
+    """Launch generation that new replicas are started from: an older one after a roll back."""
+    updated_replicas: _builtins.int
+    """Replicas of the spec's launch generation that serve."""
+    outdated_replicas: _builtins.int
+    """Replicas of other launch generations that are still there."""
+    rolled_back_reason: _builtins.str
+    """Why it was rolled back; empty when it was not."""
+    @_builtins.property
+    def progress_time(self) -> _timestamp_pb2.Timestamp:
+        """When it last made progress; absent once it is complete."""
+
+    @_builtins.property
+    def previous_spec(self) -> Global___DeploymentSpec:
+        """Spec of the generation that served before, for `rollout undo`; absent where none did."""
+
+    def __init__(
+        self,
+        *,
+        launch_generation: _builtins.int = ...,
+        serving_generation: _builtins.int = ...,
+        updated_replicas: _builtins.int = ...,
+        outdated_replicas: _builtins.int = ...,
+        progress_time: _timestamp_pb2.Timestamp | None = ...,
+        rolled_back_reason: _builtins.str = ...,
+        previous_spec: Global___DeploymentSpec | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["previous_spec", b"previous_spec", "progress_time", b"progress_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["launch_generation", b"launch_generation", "outdated_replicas", b"outdated_replicas", "previous_spec", b"previous_spec", "progress_time", b"progress_time", "rolled_back_reason", b"rolled_back_reason", "serving_generation", b"serving_generation", "updated_replicas", b"updated_replicas"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RolloutStatus: _TypeAlias = RolloutStatus  # noqa: Y015
+
+@_typing.final
+class AutoscaleStatus(_message.Message):
+    """AutoscaleStatus is what the autoscaler decided and why."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DESIRED_REPLICAS_FIELD_NUMBER: _builtins.int
+    FLOOR_REPLICAS_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    OUT_TIME_FIELD_NUMBER: _builtins.int
+    STEP_TIME_FIELD_NUMBER: _builtins.int
+    desired_replicas: _builtins.int
+    """Replicas that it wants."""
+    floor_replicas: _builtins.int
+    """Fewest replicas at this moment, cron windows counted."""
+    reason: _builtins.str
+    """Machine-readable cause of the last decision, in CamelCase."""
+    message: _builtins.str
+    """Human-readable cause of the last decision, with the figures."""
+    @_builtins.property
+    def out_time(self) -> _timestamp_pb2.Timestamp:
+        """When the number last grew."""
+
+    @_builtins.property
+    def step_time(self) -> _timestamp_pb2.Timestamp:
+        """When the number last changed."""
+
+    def __init__(
+        self,
+        *,
+        desired_replicas: _builtins.int = ...,
+        floor_replicas: _builtins.int = ...,
+        reason: _builtins.str = ...,
+        message: _builtins.str = ...,
+        out_time: _timestamp_pb2.Timestamp | None = ...,
+        step_time: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["out_time", b"out_time", "step_time", b"step_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["desired_replicas", b"desired_replicas", "floor_replicas", b"floor_replicas", "message", b"message", "out_time", b"out_time", "reason", b"reason", "step_time", b"step_time"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AutoscaleStatus: _TypeAlias = AutoscaleStatus  # noqa: Y015
 
 @_typing.final
 class Condition(_message.Message):
@@ -370,6 +478,7 @@ class ReplicaFailure(_message.Message):
     TIME_FIELD_NUMBER: _builtins.int
     CONSECUTIVE_FAILURES_FIELD_NUMBER: _builtins.int
     NEXT_ATTEMPT_TIME_FIELD_NUMBER: _builtins.int
+    GENERATION_FIELD_NUMBER: _builtins.int
     replica: _builtins.str
     """Which one."""
     node: _builtins.str
@@ -378,6 +487,8 @@ class ReplicaFailure(_message.Message):
     """What happened, in one sentence with the remedy where one is known."""
     consecutive_failures: _builtins.int
     """Failures in a row without a replica becoming ready between."""
+    generation: _builtins.int
+    """Launch generation of the spec that the replica was started from."""
     @_builtins.property
     def log_tail(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Last lines of the engine's log."""
@@ -400,10 +511,11 @@ class ReplicaFailure(_message.Message):
         time: _timestamp_pb2.Timestamp | None = ...,
         consecutive_failures: _builtins.int = ...,
         next_attempt_time: _timestamp_pb2.Timestamp | None = ...,
+        generation: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["next_attempt_time", b"next_attempt_time", "time", b"time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["consecutive_failures", b"consecutive_failures", "log_tail", b"log_tail", "message", b"message", "next_attempt_time", b"next_attempt_time", "node", b"node", "replica", b"replica", "time", b"time"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["consecutive_failures", b"consecutive_failures", "generation", b"generation", "log_tail", b"log_tail", "message", b"message", "next_attempt_time", b"next_attempt_time", "node", b"node", "replica", b"replica", "time", b"time"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

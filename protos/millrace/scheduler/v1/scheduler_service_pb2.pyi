@@ -40,6 +40,8 @@ class DeclaredModel(_message.Message):
     MAX_MODEL_LEN_FIELD_NUMBER: _builtins.int
     REPLICAS_FIELD_NUMBER: _builtins.int
     EXTRA_ARGS_FIELD_NUMBER: _builtins.int
+    ROLLOUT_FIELD_NUMBER: _builtins.int
+    AUTOSCALE_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
     PLACEMENT_FIELD_NUMBER: _builtins.int
     name: _builtins.str
@@ -61,6 +63,14 @@ class DeclaredModel(_message.Message):
         """Engine arguments by name; they override anything that was worked out."""
 
     @_builtins.property
+    def rollout(self) -> _policy_pb2.Rollout:
+        """How running replicas are replaced by those of a newer spec. Unset: one above, none below."""
+
+    @_builtins.property
+    def autoscale(self) -> _policy_pb2.Autoscale:
+        """Lets the number of replicas follow the load. Unset: fixed."""
+
+    @_builtins.property
     def placement(self) -> _policy_pb2.Placement:
         """Where replicas may run. Unset: wherever they fit."""
 
@@ -74,12 +84,14 @@ class DeclaredModel(_message.Message):
         max_model_len: _builtins.int | None = ...,
         replicas: _builtins.int | None = ...,
         extra_args: _struct_pb2.Struct | None = ...,
+        rollout: _policy_pb2.Rollout | None = ...,
+        autoscale: _policy_pb2.Autoscale | None = ...,
         priority: _builtins.int | None = ...,
         placement: _policy_pb2.Placement | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_model_len", b"_max_model_len", "_priority", b"_priority", "_replicas", b"_replicas", "extra_args", b"extra_args", "max_model_len", b"max_model_len", "placement", b"placement", "priority", b"priority", "replicas", b"replicas"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_model_len", b"_max_model_len", "_priority", b"_priority", "_replicas", b"_replicas", "autoscale", b"autoscale", "extra_args", b"extra_args", "max_model_len", b"max_model_len", "placement", b"placement", "priority", b"priority", "replicas", b"replicas", "rollout", b"rollout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_model_len", b"_max_model_len", "_priority", b"_priority", "_replicas", b"_replicas", "engine", b"engine", "extra_args", b"extra_args", "max_model_len", b"max_model_len", "model", b"model", "name", b"name", "placement", b"placement", "priority", b"priority", "quantization", b"quantization", "replicas", b"replicas"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_model_len", b"_max_model_len", "_priority", b"_priority", "_replicas", b"_replicas", "autoscale", b"autoscale", "engine", b"engine", "extra_args", b"extra_args", "max_model_len", b"max_model_len", "model", b"model", "name", b"name", "placement", b"placement", "priority", b"priority", "quantization", b"quantization", "replicas", b"replicas", "rollout", b"rollout"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__max_model_len: _TypeAlias = _typing.Literal["max_model_len"]  # noqa: Y015
     _WhichOneofArgType__max_model_len: _TypeAlias = _typing.Literal["_max_model_len", b"_max_model_len"]  # noqa: Y015
@@ -533,6 +545,68 @@ class ScaleDeploymentResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ScaleDeploymentResponse: _TypeAlias = ScaleDeploymentResponse  # noqa: Y015
+
+@_typing.final
+class RestartDeploymentRequest(_message.Message):
+    """RestartDeploymentRequest names a deployment."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAMESPACE_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    ETAG_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    VALIDATE_ONLY_FIELD_NUMBER: _builtins.int
+    namespace: _builtins.str
+    """Tenant."""
+    name: _builtins.str
+    """Deployment."""
+    etag: _builtins.str
+    """Version the restart is based on. Empty: the current one."""
+    request_id: _builtins.str
+    """UUID4 that makes a retry safe."""
+    validate_only: _builtins.bool
+    """Checks, and changes nothing."""
+    def __init__(
+        self,
+        *,
+        namespace: _builtins.str = ...,
+        name: _builtins.str = ...,
+        etag: _builtins.str = ...,
+        request_id: _builtins.str = ...,
+        validate_only: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["etag", b"etag", "name", b"name", "namespace", b"namespace", "request_id", b"request_id", "validate_only", b"validate_only"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RestartDeploymentRequest: _TypeAlias = RestartDeploymentRequest  # noqa: Y015
+
+@_typing.final
+class RestartDeploymentResponse(_message.Message):
+    """RestartDeploymentResponse holds the deployment, one launch generation on."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DEPLOYMENT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def deployment(self) -> _deployment_pb2.Deployment:
+        """The resource."""
+
+    def __init__(
+        self,
+        *,
+        deployment: _deployment_pb2.Deployment | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["deployment", b"deployment"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["deployment", b"deployment"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RestartDeploymentResponse: _TypeAlias = RestartDeploymentResponse  # noqa: Y015
 
 @_typing.final
 class DeleteDeploymentRequest(_message.Message):

@@ -69,6 +69,11 @@ class SchedulerServiceStub:
                 request_serializer=millrace_dot_scheduler_dot_v1_dot_scheduler__service__pb2.ScaleDeploymentRequest.SerializeToString,
                 response_deserializer=millrace_dot_scheduler_dot_v1_dot_scheduler__service__pb2.ScaleDeploymentResponse.FromString,
                 _registered_method=True)
+        self.RestartDeployment = channel.unary_unary(
+                '/millrace.scheduler.v1.SchedulerService/RestartDeployment',
+                request_serializer=millrace_dot_scheduler_dot_v1_dot_scheduler__service__pb2.RestartDeploymentRequest.SerializeToString,
+                response_deserializer=millrace_dot_scheduler_dot_v1_dot_scheduler__service__pb2.RestartDeploymentResponse.FromString,
+                _registered_method=True)
         self.DeleteDeployment = channel.unary_unary(
                 '/millrace.scheduler.v1.SchedulerService/DeleteDeployment',
                 request_serializer=millrace_dot_scheduler_dot_v1_dot_scheduler__service__pb2.DeleteDeploymentRequest.SerializeToString,
@@ -170,6 +175,14 @@ class SchedulerServiceServicer:
 
     def ScaleDeployment(self, request, context):
         """Changes the number of replicas. Errors: NOT_FOUND, ABORTED (etag), INVALID_ARGUMENT.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RestartDeployment(self, request, context):
+        """Replaces every replica by a new one of the same spec, under the limits of its rollout; also the way to try a
+        spec again that was rolled back. Errors: NOT_FOUND, ABORTED (etag).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -279,6 +292,11 @@ def add_SchedulerServiceServicer_to_server(servicer, server):
                     servicer.ScaleDeployment,
                     request_deserializer=millrace_dot_scheduler_dot_v1_dot_scheduler__service__pb2.ScaleDeploymentRequest.FromString,
                     response_serializer=millrace_dot_scheduler_dot_v1_dot_scheduler__service__pb2.ScaleDeploymentResponse.SerializeToString,
+            ),
+            'RestartDeployment': grpc.unary_unary_rpc_method_handler(
+                    servicer.RestartDeployment,
+                    request_deserializer=millrace_dot_scheduler_dot_v1_dot_scheduler__service__pb2.RestartDeploymentRequest.FromString,
+                    response_serializer=millrace_dot_scheduler_dot_v1_dot_scheduler__service__pb2.RestartDeploymentResponse.SerializeToString,
             ),
             'DeleteDeployment': grpc.unary_unary_rpc_method_handler(
                     servicer.DeleteDeployment,
@@ -498,6 +516,33 @@ class SchedulerService:
             '/millrace.scheduler.v1.SchedulerService/ScaleDeployment',
             millrace_dot_scheduler_dot_v1_dot_scheduler__service__pb2.ScaleDeploymentRequest.SerializeToString,
             millrace_dot_scheduler_dot_v1_dot_scheduler__service__pb2.ScaleDeploymentResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RestartDeployment(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/millrace.scheduler.v1.SchedulerService/RestartDeployment',
+            millrace_dot_scheduler_dot_v1_dot_scheduler__service__pb2.RestartDeploymentRequest.SerializeToString,
+            millrace_dot_scheduler_dot_v1_dot_scheduler__service__pb2.RestartDeploymentResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -57,6 +57,10 @@ class SchedulerServiceStub:
     """Changes the spec; running replicas are replaced one by one. Errors: NOT_FOUND, ABORTED (etag), INVALID_ARGUMENT."""
     ScaleDeployment: _grpc.UnaryUnaryMultiCallable[_scheduler_service_pb2.ScaleDeploymentRequest, _scheduler_service_pb2.ScaleDeploymentResponse]
     """Changes the number of replicas. Errors: NOT_FOUND, ABORTED (etag), INVALID_ARGUMENT."""
+    RestartDeployment: _grpc.UnaryUnaryMultiCallable[_scheduler_service_pb2.RestartDeploymentRequest, _scheduler_service_pb2.RestartDeploymentResponse]
+    """Replaces every replica by a new one of the same spec, under the limits of its rollout; also the way to try a
+    spec again that was rolled back. Errors: NOT_FOUND, ABORTED (etag).
+    """
     DeleteDeployment: _grpc.UnaryUnaryMultiCallable[_scheduler_service_pb2.DeleteDeploymentRequest, _scheduler_service_pb2.DeleteDeploymentResponse]
     """Deletes a deployment and its keys; replicas drain and stop. Errors: NOT_FOUND, ABORTED (etag)."""
     ExplainDeployment: _grpc.UnaryUnaryMultiCallable[_scheduler_service_pb2.ExplainDeploymentRequest, _scheduler_service_pb2.ExplainDeploymentResponse]
@@ -110,6 +114,10 @@ class SchedulerServiceAsyncStub(SchedulerServiceStub):
     """Changes the spec; running replicas are replaced one by one. Errors: NOT_FOUND, ABORTED (etag), INVALID_ARGUMENT."""
     ScaleDeployment: _aio.UnaryUnaryMultiCallable[_scheduler_service_pb2.ScaleDeploymentRequest, _scheduler_service_pb2.ScaleDeploymentResponse]  # type: ignore[assignment]
     """Changes the number of replicas. Errors: NOT_FOUND, ABORTED (etag), INVALID_ARGUMENT."""
+    RestartDeployment: _aio.UnaryUnaryMultiCallable[_scheduler_service_pb2.RestartDeploymentRequest, _scheduler_service_pb2.RestartDeploymentResponse]  # type: ignore[assignment]
+    """Replaces every replica by a new one of the same spec, under the limits of its rollout; also the way to try a
+    spec again that was rolled back. Errors: NOT_FOUND, ABORTED (etag).
+    """
     DeleteDeployment: _aio.UnaryUnaryMultiCallable[_scheduler_service_pb2.DeleteDeploymentRequest, _scheduler_service_pb2.DeleteDeploymentResponse]  # type: ignore[assignment]
     """Deletes a deployment and its keys; replicas drain and stop. Errors: NOT_FOUND, ABORTED (etag)."""
     ExplainDeployment: _aio.UnaryUnaryMultiCallable[_scheduler_service_pb2.ExplainDeploymentRequest, _scheduler_service_pb2.ExplainDeploymentResponse]  # type: ignore[assignment]
@@ -196,6 +204,16 @@ class SchedulerServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_scheduler_service_pb2.ScaleDeploymentResponse, _abc.Awaitable[_scheduler_service_pb2.ScaleDeploymentResponse]]:
         """Changes the number of replicas. Errors: NOT_FOUND, ABORTED (etag), INVALID_ARGUMENT."""
+
+    @_abc_1.abstractmethod
+    def RestartDeployment(
+        self,
+        request: _scheduler_service_pb2.RestartDeploymentRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_scheduler_service_pb2.RestartDeploymentResponse, _abc.Awaitable[_scheduler_service_pb2.RestartDeploymentResponse]]:
+        """Replaces every replica by a new one of the same spec, under the limits of its rollout; also the way to try a
+        spec again that was rolled back. Errors: NOT_FOUND, ABORTED (etag).
+        """
 
     @_abc_1.abstractmethod
     def DeleteDeployment(

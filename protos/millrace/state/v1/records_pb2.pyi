@@ -213,6 +213,10 @@ class DeploymentPlanRecord(_message.Message):
     OBSERVED_GENERATION_FIELD_NUMBER: _builtins.int
     CONDITIONS_FIELD_NUMBER: _builtins.int
     LAST_FAILURE_FIELD_NUMBER: _builtins.int
+    ROLLOUT_FIELD_NUMBER: _builtins.int
+    GOOD_LAUNCH_FIELD_NUMBER: _builtins.int
+    AUTOSCALE_FIELD_NUMBER: _builtins.int
+    SERVED_LAUNCH_FIELD_NUMBER: _builtins.int
     RESERVATIONS_FIELD_NUMBER: _builtins.int
     PREEMPTION_FIELD_NUMBER: _builtins.int
     namespace: _builtins.str
@@ -232,6 +236,22 @@ class DeploymentPlanRecord(_message.Message):
         """The last failure; kept until a later replica has served for a while or the spec changes."""
 
     @_builtins.property
+    def rollout(self) -> Global___RolloutState:
+        """How far the spec's launch generation has come."""
+
+    @_builtins.property
+    def good_launch(self) -> Global___LaunchRecord:
+        """The launch that has proved itself: what a failed rolling update goes back to."""
+
+    @_builtins.property
+    def autoscale(self) -> Global___AutoscaleState:
+        """What the autoscaler decided; absent without an autoscale policy."""
+
+    @_builtins.property
+    def served_launch(self) -> Global___LaunchRecord:
+        """The launch that serves in full and has not proved itself yet. A change of the spec makes it the good one."""
+
+    @_builtins.property
     def reservations(self) -> _containers.RepeatedCompositeFieldContainer[Global___RoomReservation]:
         """Room that is kept for its replicas until those that they pre-empt have ended."""
 
@@ -248,16 +268,170 @@ class DeploymentPlanRecord(_message.Message):
         observed_generation: _builtins.int = ...,
         conditions: _abc.Iterable[_deployment_pb2.Condition] | None = ...,
         last_failure: _deployment_pb2.ReplicaFailure | None = ...,
+        rollout: Global___RolloutState | None = ...,
+        good_launch: Global___LaunchRecord | None = ...,
+        autoscale: Global___AutoscaleState | None = ...,
+        served_launch: Global___LaunchRecord | None = ...,
         reservations: _abc.Iterable[Global___RoomReservation] | None = ...,
         preemption: Global___PreemptionRecord | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["last_failure", b"last_failure", "preemption", b"preemption"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["autoscale", b"autoscale", "good_launch", b"good_launch", "last_failure", b"last_failure", "preemption", b"preemption", "rollout", b"rollout", "served_launch", b"served_launch"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["conditions", b"conditions", "deployment_uid", b"deployment_uid", "last_failure", b"last_failure", "name", b"name", "namespace", b"namespace", "observed_generation", b"observed_generation", "preemption", b"preemption", "reservations", b"reservations"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["autoscale", b"autoscale", "conditions", b"conditions", "deployment_uid", b"deployment_uid", "good_launch", b"good_launch", "last_failure", b"last_failure", "name", b"name", "namespace", b"namespace", "observed_generation", b"observed_generation", "preemption", b"preemption", "reservations", b"reservations", "rollout", b"rollout", "served_launch", b"served_launch"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DeploymentPlanRecord: _TypeAlias = DeploymentPlanRecord  # noqa: Y015
+
+@_typing.final
+class RolloutState(_message.Message):
+    """RolloutState is how far a launch generation has come."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LAUNCH_GENERATION_FIELD_NUMBER: _builtins.int
+    PROGRESS_TIME_FIELD_NUMBER: _builtins.int
+    SERVED_REPLICAS_FIELD_NUMBER: _builtins.int
+    FURTHEST_STATE_FIELD_NUMBER: _builtins.int
+    COMPLETE_TIME_FIELD_NUMBER: _builtins.int
+    ROLLED_BACK_REASON_FIELD_NUMBER: _builtins.int
+    launch_generation: _builtins.int
+    """Launch generation that it speaks of."""
+    served_replicas: _builtins.int
+    """Most replicas of it that have served at once."""
+    furthest_state: _types_pb2.ReplicaState.ValueType
+    """Furthest state of its replicas that do not serve yet, since the last one came to serve."""
+    rolled_back_reason: _builtins.str
+    """Why it was given up; empty while it was not."""
+    @_builtins.property
+    def progress_time(self) -> _timestamp_pb2.Timestamp:
+        """When it last came further than ever before."""
+
+    @_builtins.property
+    def complete_time(self) -> _timestamp_pb2.Timestamp:
+        """When every replica was of it and served; absent before."""
+
+    def __init__(
+        self,
+        *,
+        launch_generation: _builtins.int = ...,
+        progress_time: _timestamp_pb2.Timestamp | None = ...,
+        served_replicas: _builtins.int = ...,
+        furthest_state: _types_pb2.ReplicaState.ValueType = ...,
+        complete_time: _timestamp_pb2.Timestamp | None = ...,
+        rolled_back_reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["complete_time", b"complete_time", "progress_time", b"progress_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["complete_time", b"complete_time", "furthest_state", b"furthest_state", "launch_generation", b"launch_generation", "progress_time", b"progress_time", "rolled_back_reason", b"rolled_back_reason", "served_replicas", b"served_replicas"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RolloutState: _TypeAlias = RolloutState  # noqa: Y015
+
+@_typing.final
+class LaunchRecord(_message.Message):
+    """LaunchRecord is a launch generation that has served, complete enough to start replicas of it again."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LAUNCH_GENERATION_FIELD_NUMBER: _builtins.int
+    SPEC_FIELD_NUMBER: _builtins.int
+    SIZING_FIELD_NUMBER: _builtins.int
+    PREVIOUS_SPEC_FIELD_NUMBER: _builtins.int
+    launch_generation: _builtins.int
+    """Launch generation."""
+    @_builtins.property
+    def spec(self) -> _deployment_pb2.DeploymentSpec:
+        """Spec at that time; of it, only what engines are started from is used."""
+
+    @_builtins.property
+    def sizing(self) -> _sizing_pb2.Sizing:
+        """What one replica needs."""
+
+    @_builtins.property
+    def previous_spec(self) -> _deployment_pb2.DeploymentSpec:
+        """Spec of the launch that served before it, for `rollout undo`; absent where none did."""
+
+    def __init__(
+        self,
+        *,
+        launch_generation: _builtins.int = ...,
+        spec: _deployment_pb2.DeploymentSpec | None = ...,
+        sizing: _sizing_pb2.Sizing | None = ...,
+        previous_spec: _deployment_pb2.DeploymentSpec | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["previous_spec", b"previous_spec", "sizing", b"sizing", "spec", b"spec"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["launch_generation", b"launch_generation", "previous_spec", b"previous_spec", "sizing", b"sizing", "spec", b"spec"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LaunchRecord: _TypeAlias = LaunchRecord  # noqa: Y015
+
+@_typing.final
+class AutoscaleState(_message.Message):
+    """AutoscaleState is what the autoscaler keeps over a change of the leader."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DESIRED_REPLICAS_FIELD_NUMBER: _builtins.int
+    FLOOR_REPLICAS_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    OUT_TIME_FIELD_NUMBER: _builtins.int
+    STEP_TIME_FIELD_NUMBER: _builtins.int
+    WAITING_TIME_FIELD_NUMBER: _builtins.int
+    ACTIVE_TIME_FIELD_NUMBER: _builtins.int
+    FIRST_REPLICAS_FIELD_NUMBER: _builtins.int
+    desired_replicas: _builtins.int
+    """Replicas that it wants."""
+    floor_replicas: _builtins.int
+    """Fewest replicas at the time of the decision, cron windows counted."""
+    reason: _builtins.str
+    """Machine-readable cause of the last decision, in CamelCase."""
+    message: _builtins.str
+    """Human-readable cause of the last decision, with the figures."""
+    first_replicas: _builtins.int
+    """`replicas` of the spec that it started from: another one there is a new first number."""
+    @_builtins.property
+    def out_time(self) -> _timestamp_pb2.Timestamp:
+        """When the number last grew."""
+
+    @_builtins.property
+    def step_time(self) -> _timestamp_pb2.Timestamp:
+        """When the number last changed."""
+
+    @_builtins.property
+    def waiting_time(self) -> _timestamp_pb2.Timestamp:
+        """When a request was last seen to wait, or could have waited unseen. Written with a delay of up to half a
+        minute.
+        """
+
+    @_builtins.property
+    def active_time(self) -> _timestamp_pb2.Timestamp:
+        """When a request was last seen, or could have come unseen. Written with the same delay."""
+
+    def __init__(
+        self,
+        *,
+        desired_replicas: _builtins.int = ...,
+        floor_replicas: _builtins.int = ...,
+        reason: _builtins.str = ...,
+        message: _builtins.str = ...,
+        out_time: _timestamp_pb2.Timestamp | None = ...,
+        step_time: _timestamp_pb2.Timestamp | None = ...,
+        waiting_time: _timestamp_pb2.Timestamp | None = ...,
+        active_time: _timestamp_pb2.Timestamp | None = ...,
+        first_replicas: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["active_time", b"active_time", "out_time", b"out_time", "step_time", b"step_time", "waiting_time", b"waiting_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_time", b"active_time", "desired_replicas", b"desired_replicas", "first_replicas", b"first_replicas", "floor_replicas", b"floor_replicas", "message", b"message", "out_time", b"out_time", "reason", b"reason", "step_time", b"step_time", "waiting_time", b"waiting_time"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AutoscaleState: _TypeAlias = AutoscaleState  # noqa: Y015
 
 @_typing.final
 class RoomReservation(_message.Message):

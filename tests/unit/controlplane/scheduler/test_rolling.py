@@ -3,7 +3,7 @@ from datetime import UTC, datetime
 
 import pytest
 
-from controlplane.scheduler import DeploymentView, Need, Policy, ReplicaView
+from controlplane.scheduler import DeploymentView, Limits, Need, Policy, ReplicaView
 from controlplane.scheduler.reconcile import Class, Sorted
 from controlplane.scheduler.rolling import intend
 from core.states import Engine, ReplicaState
@@ -51,6 +51,40 @@ def test_how_many_to_start_and_which_to_give_up(
     intent = intend(view, members(text), Policy())
     assert "".join(sorted(each.replica.replica[0] for each in intent.drain)) == "".join(sorted(drained))
     assert (intent.missing, intent.allowed) == (missing, allowed)
+    assert "".join(each.replica.replica[0] for each in intent.yielding) == yielding
+
+
+@pytest.mark.parametrize(
+    ("surge", "unavailable", "text", "drained", "allowed", "yielding"),
+    [
+        (2, None, "SS", "", 2, "SS"),
+        (2, None, "SScc", "", 0, ""),
+        # Explicitly none below: none may yield.
+        (1, 0, "SS", "", 1, ""),
+        # One below: it goes at once, and makes room for one more.
+        (1, 1, "SS", "S", 2, ""),
+        (0, 1, "SS", "S", 1, ""),
+        (0, None, "SS", "S", 1, ""),
+        (0, 1, "Sc", "", 0, ""),
+        (0, 1, "SC", "S", 1, ""),
+        (0, 2, "SS", "SS", 2, ""),
+        # A replica that only leaves its node waits for its successor.
+        (1, 1, "NN", "", 1, "SS"),
+    ],
+)
+def test_limits_of_a_rolling_update(
+    surge: int, unavailable: int | None, text: str, drained: str, allowed: int, yielding: str
+) -> None:
+    limits = Limits(surge=surge, unavailable=unavailable)
+    view = DeploymentView("team/qwen", "uid", 2, 2, 2, Need(Engine.VLLM), limits=limits)
+    found = []
+    for each in members(text.replace("N", "S")):
+        moved = "N" in text
+        generation = 2 if moved or each.result is Class.CURRENT else 1
+        found.append(Sorted(replace(each.replica, generation=generation), each.result, each.why))
+    intent = intend(view, found, Policy())
+    assert "".join(sorted(each.replica.replica[0] for each in intent.drain)) == drained
+    assert intent.allowed == allowed
     assert "".join(each.replica.replica[0] for each in intent.yielding) == yielding
 
 
