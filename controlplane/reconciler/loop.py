@@ -18,6 +18,7 @@ from prometheus_client import Counter, Gauge, Histogram
 
 from controlplane.events import SYSTEM_NAMESPACE, EventSink
 from controlplane.knowledge.environments import Environments
+from controlplane.reconciler.autoscaler import Autoscaler
 from controlplane.reconciler.snapshot import follow
 from controlplane.reconciler.translate import Transaction, translate
 from controlplane.reconciler.view import ClusterView
@@ -185,24 +186,31 @@ class Reconciler:
         cluster.subscribe(self._wake.set)
         mirrors = asyncio.create_task(cluster.run(), name="reconciler-mirrors")
         sentinel = asyncio.create_task(self._wake_when_lost(), name="reconciler-lead-lost")
+        helpers = [mirrors]
         try:
             await cluster.wait_synced(SYNC_SECONDS)
             self.leading = True
             _is_leader.set(1)
             _log.info("reconciler leads", fencing_token=fencing_token)
-            await self._rounds(cluster, mirrors, fencing_token)
+            autoscaler = Autoscaler(self._store, self._clock, self._leadership, self._events, cluster)
+            helpers.append(asyncio.create_task(autoscaler.run(), name="reconciler-autoscaler"))
+            helpers[-1].add_done_callback(lambda _task: self._wake.set())
+            await self._rounds(cluster, helpers, fencing_token)
         finally:
-            await cancel_and_wait(mirrors, sentinel)
+            await cancel_and_wait(*helpers, sentinel)
 
     async def _wake_when_lost(self) -> None:
         await self._leadership.lost.wait()
         self._wake.set()
 
-    async def _rounds(self, cluster: ClusterView, mirrors: "asyncio.Task[None]", fencing_token: int) -> None:
+    async def _rounds(
+        self, cluster: ClusterView, helpers: "list[asyncio.Task[None]]", fencing_token: int
+    ) -> None:
         conflict, broken = Backoff(_CONFLICT), Backoff(_AWAY)
         while not self._leadership.lost.is_set():
-            if mirrors.done():
-                await mirrors
+            for helper in helpers:
+                if helper.done():
+                    await helper
             self._wake.clear()
             try:
                 due_seconds = await self._round(cluster, fencing_token)
