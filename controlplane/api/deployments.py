@@ -1,4 +1,4 @@
-"""Deployments, read and changed one at a time: get, list, update, scale, delete.
+"""Deployments, read and changed one at a time: get, list, update, scale, restart, delete.
 
 In come checked requests, out go guarded writes of `spec/deployments` and resources with their status.
 A change without etag is read, changed and written again when somebody was faster; one with an etag is
@@ -32,7 +32,10 @@ POLICY_FIELDS = ("replicas", "priority", "placement", "rollout", "autoscale", "r
 SPEC_FIELDS = tuple(field.name for field in deployment_pb2.DeploymentSpec.DESCRIPTOR.fields)
 
 _Mutation: TypeAlias = (
-    messages.UpdateDeploymentRequest | messages.ScaleDeploymentRequest | messages.DeleteDeploymentRequest
+    messages.UpdateDeploymentRequest
+    | messages.ScaleDeploymentRequest
+    | messages.RestartDeploymentRequest
+    | messages.DeleteDeploymentRequest
 )
 _Change = Callable[[deployment_pb2.DeploymentSpec], deployment_pb2.DeploymentSpec]
 
@@ -138,6 +141,28 @@ class Deployments:
 
         return await self._once(request, call)
 
+    async def restart(self, request: messages.RestartDeploymentRequest) -> messages.RestartDeploymentResponse:
+        """Has every replica replaced by a new one of the same spec.
+
+        Raises:
+            NotFound: There is no such deployment.
+            Conflict: The etag is not the current one.
+        """
+
+        async def call() -> messages.RestartDeploymentResponse:
+            deployment = await self._change(
+                request.namespace,
+                request.name,
+                request.etag,
+                lambda spec: spec,
+                validate_only=request.validate_only,
+                prefix="",
+                restart=True,
+            )
+            return messages.RestartDeploymentResponse(deployment=deployment)
+
+        return await self._once(request, call)
+
     async def delete(self, request: messages.DeleteDeploymentRequest) -> messages.DeleteDeploymentResponse:
         """Deletes a deployment and its keys.
 
@@ -186,13 +211,17 @@ class Deployments:
         *,
         validate_only: bool,
         prefix: str,
+        restart: bool = False,
     ) -> deployment_pb2.Deployment:
         context = self._context
         context.view.require_synced()
         for _ in range(limits.COMMIT_ATTEMPTS_MAX):
             item = await self._read(namespace, name, etag)
             before = records_pb2.DeploymentRecord.FromString(item.value)
-            record = await self._changed(before, change(before.spec), prefix)
+            if restart:
+                record = self._restarted(before)
+            else:
+                record = await self._changed(before, change(before.spec), prefix)
             if validate_only or record is before:
                 return context.view.deployment(record, item.mod_revision)
             commit = await context.store.commit(
@@ -204,8 +233,12 @@ class Deployments:
             context.events.emit(
                 namespace=namespace,
                 deployment=name,
-                reason="SpecChanged",
-                message=_difference(before.spec, record.spec, record.generation),
+                reason="Restarted" if restart else "SpecChanged",
+                message=(
+                    f"restarted, generation {record.generation}"
+                    if restart
+                    else _difference(before.spec, record.spec, record.generation)
+                ),
                 source="api",
             )
             await context.view.wait_for_write(commit.revision)
@@ -232,6 +265,15 @@ class Deployments:
             record.launch_generation += 1
         else:
             check_fitting(self._context, spec, before, prefix)
+        return record
+
+    def _restarted(self, before: records_pb2.DeploymentRecord) -> records_pb2.DeploymentRecord:
+        """Returns the record one launch generation on."""
+        record = records_pb2.DeploymentRecord()
+        record.CopyFrom(before)
+        record.generation += 1
+        record.launch_generation += 1
+        record.update_time.CopyFrom(to_timestamp(self._context.clock.now()))
         return record
 
     async def _read(self, namespace: str, name: str, etag: str) -> KeyValue:

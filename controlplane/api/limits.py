@@ -94,3 +94,12 @@ LOG_BUFFER_LINES = 1000
 
 LOG_STREAMS_MAX = 200
 """Replicas followed by one log stream; each holds a connection to an agent."""
+
+CRON_WINDOWS_MAX = 100
+"""Windows of one deployment; each is looked at once a second."""
+
+LATENCY_MS_MAX = 3_600_000
+"""An hour: no one waits longer for a first token."""
+
+WAITING_REQUESTS_MAX = 100_000
+"""Far above what an engine queues."""

@@ -17,6 +17,7 @@ SCHEDULER_POLICY: dict[str, Role] = {
     _SCHEDULER + "WatchDeployments": Role.VIEWER,
     _SCHEDULER + "UpdateDeployment": Role.OPERATOR,
     _SCHEDULER + "ScaleDeployment": Role.OPERATOR,
+    _SCHEDULER + "RestartDeployment": Role.OPERATOR,
     _SCHEDULER + "DeleteDeployment": Role.OPERATOR,
     _SCHEDULER + "ExplainDeployment": Role.VIEWER,
     _SCHEDULER + "StreamDeploymentLogs": Role.VIEWER,

@@ -79,6 +79,12 @@ class SchedulerServicer(scheduler_service_pb2_grpc.SchedulerServiceServicer):
         """Changes the number of replicas."""
         return await self._deployments.scale(request)
 
+    async def RestartDeployment(
+        self, request: messages.RestartDeploymentRequest, context: Any
+    ) -> messages.RestartDeploymentResponse:
+        """Replaces every replica."""
+        return await self._deployments.restart(request)
+
     async def DeleteDeployment(
         self, request: messages.DeleteDeploymentRequest, context: Any
     ) -> messages.DeleteDeploymentResponse:

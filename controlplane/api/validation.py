@@ -15,14 +15,16 @@ from millrace.core.v1 import deployment_pb2, types_pb2
 from millrace.scheduler.v1 import scheduler_service_pb2
 
 from controlplane.api import limits
+from controlplane.api.lifecycle import check_lifecycle
 from controlplane.api.placement import check_placement, check_priority
+from controlplane.api.violations import Violations as Violations  # noqa: PLC0414 - callers check with what this module offers
 from controlplane.convert import (
     EXTERNAL_URLS_ARGUMENT,
     SERVED_MODEL_NAME_ARGUMENT,
     external_urls,
     struct_to_dict,
 )
-from core.errors import FieldViolation, InvalidArgument
+from core.errors import InvalidArgument
 
 ENGINE_NAMES: Mapping[types_pb2.Engine.ValueType, str] = {
     types_pb2.ENGINE_VLLM: "vllm",
@@ -62,26 +64,6 @@ _NAME = re.compile(r"[a-z0-9]([a-z0-9.-]*[a-z0-9])?")
 _LABEL = re.compile(r"[a-z0-9]([a-z0-9-]*[a-z0-9])?")
 _ARGUMENT = re.compile(r"[A-Za-z][A-Za-z0-9_.-]*")
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?")
-
-
-class Violations:
-    """Collects what is wrong, so that a caller hears everything at once."""
-
-    def __init__(self) -> None:
-        self.found: list[FieldViolation] = []
-
-    def add(self, field: str, description: str) -> None:
-        """Notes one wrong field."""
-        self.found.append(FieldViolation(field, description))
-
-    def raise_if_any(self) -> None:
-        """Raises what was found.
-
-        Raises:
-            InvalidArgument: Something was found.
-        """
-        if self.found:
-            raise InvalidArgument(self.found)
 
 
 def is_hub_id(model: str) -> bool:
@@ -155,6 +137,7 @@ def check_spec(spec: deployment_pb2.DeploymentSpec, prefix: str, violations: Vio
     check_priority(spec, prefix, violations.add)
     check_placement(spec, prefix, violations.add)
     _check_extra_args(spec, f"{prefix}extra_args", violations)
+    check_lifecycle(spec, prefix, violations)
 
 
 def check_replicas(spec: deployment_pb2.DeploymentSpec, field: str, violations: Violations) -> None:
@@ -266,6 +249,10 @@ def _spec_of(model: scheduler_service_pb2.DeclaredModel) -> deployment_pb2.Deplo
         spec.replicas = model.replicas
     if model.HasField("extra_args"):
         spec.extra_args.CopyFrom(model.extra_args)
+    if model.HasField("rollout"):
+        spec.rollout.CopyFrom(model.rollout)
+    if model.HasField("autoscale"):
+        spec.autoscale.CopyFrom(model.autoscale)
     if model.HasField("priority"):
         spec.priority = model.priority
     if model.HasField("placement"):

@@ -164,12 +164,16 @@ def _fields_at(model: type[BaseModel], location: Sequence[int | str]) -> tuple[s
     current: type[BaseModel] = model
     for part in location:
         if isinstance(part, str) and part in current.model_fields:
-            arguments = getattr(current.model_fields[part].annotation, "__args__", ())
-            current = next(
-                (each for each in arguments if isinstance(each, type) and issubclass(each, BaseModel)),
-                current,
-            )
+            current = _model_in(current.model_fields[part].annotation) or current
     return tuple(current.model_fields)
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    """The model that an annotation speaks of, in a list or beside None too."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    found = (_model_in(each) for each in getattr(annotation, "__args__", ()))
+    return next((each for each in found if each is not None), None)
 
 
 def _unknown(name: str, known: Sequence[str]) -> str:

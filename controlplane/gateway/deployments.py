@@ -1,4 +1,4 @@
-"""Deployments over HTTP: declare, list, get, change, delete, explain."""
+"""Deployments over HTTP: declare, list, get, change, restart, delete, explain."""
 
 from aiohttp import web
 from millrace.scheduler.v1 import scheduler_service_pb2 as messages
@@ -19,6 +19,7 @@ def add_routes(app: web.Application) -> None:
     app.router.add_get(_ONE, _get, allow_head=False)
     app.router.add_patch(_ONE, _update)
     app.router.add_delete(_ONE, _delete)
+    app.router.add_post(_ONE + "/restart", _restart)
     app.router.add_get(_ONE + "/explain", _explain, allow_head=False)
     app.router.add_post("/v1/plan", _plan)
 
@@ -87,6 +88,22 @@ async def _update(request: web.Request) -> web.StreamResponse:
     )
     message.validate_only = flag_of(query, "validateOnly")
     response = await call(request, "UpdateDeployment", message)
+    return answer(render.deployment(response.deployment), etag=response.deployment.etag)
+
+
+async def _restart(request: web.Request) -> web.StreamResponse:
+    query = query_of(request.query, ("validateOnly",))
+    response = await call(
+        request,
+        "RestartDeployment",
+        messages.RestartDeploymentRequest(
+            namespace=request.match_info["namespace"],
+            name=request.match_info["name"],
+            etag=etag_of(request),
+            request_id=request.headers.get(IDEMPOTENCY_HEADER, ""),
+            validate_only=flag_of(query, "validateOnly"),
+        ),
+    )
     return answer(render.deployment(response.deployment), etag=response.deployment.etag)
 
 

@@ -104,6 +104,14 @@ def _paths() -> dict[str, Any]:
                 path=_PATHS_OF_ONE, parameters=[matching, retry, dry_run], errors=_WRITE_ERRORS,
             ),
         },
+        f"{one}/restart": {
+            "post": _operation(
+                "restartDeployment",
+                "Replace every replica by a new one of the same spec; also after a roll back.",
+                answer=schema.Deployment, path=_PATHS_OF_ONE, parameters=[matching, retry, dry_run],
+                errors=_WRITE_ERRORS,
+            ),
+        },
         f"{one}/explain": {
             "get": _operation("explainDeployment", "Why replicas are where they are, or nowhere.",
                               answer=schema.Explanation, path=_PATHS_OF_ONE),

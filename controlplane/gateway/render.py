@@ -13,7 +13,7 @@ from millrace.scheduler.v1 import scheduler_service_pb2 as messages
 
 from controlplane.api.validation import ENGINE_NAMES, QUANTIZATION_NAMES
 from controlplane.convert import dict_to_struct, struct_to_dict
-from controlplane.gateway import schema
+from controlplane.gateway import policies, schema
 from controlplane.gateway.placement import placement, placement_message, taints
 from controlplane.scheduler.structs import PRIORITY_DEFAULT
 from core.clock import from_timestamp
@@ -44,6 +44,10 @@ def declare_request(
             entry.replicas = model.replicas
         if model.extra_args:
             entry.extra_args.CopyFrom(dict_to_struct(model.extra_args))
+        if model.rollout is not None:
+            entry.rollout.CopyFrom(policies.rollout_message(model.rollout))
+        if model.autoscale is not None:
+            entry.autoscale.CopyFrom(policies.autoscale_message(model.autoscale))
         if model.priority is not None:
             entry.priority = model.priority
         if model.placement is not None:
@@ -72,6 +76,10 @@ def update_request(
         spec.replicas = change.replicas
     if change.extra_args is not None:
         spec.extra_args.CopyFrom(dict_to_struct(change.extra_args))
+    if change.rollout is not None:
+        spec.rollout.CopyFrom(policies.rollout_message(change.rollout))
+    if change.autoscale is not None:
+        spec.autoscale.CopyFrom(policies.autoscale_message(change.autoscale))
     if change.priority is not None:
         spec.priority = change.priority
     if change.placement is not None:
@@ -116,6 +124,8 @@ def deployment(resource: deployment_pb2.Deployment) -> schema.Deployment:
         max_model_len=spec.max_model_len if spec.HasField("max_model_len") else None,
         replicas=spec.replicas if spec.HasField("replicas") else 1,
         extra_args=struct_to_dict(spec.extra_args),
+        rollout=policies.rollout_of(spec.rollout) if spec.HasField("rollout") else None,
+        autoscale=policies.autoscale_of(spec.autoscale) if spec.HasField("autoscale") else None,
         priority=spec.priority if spec.HasField("priority") else PRIORITY_DEFAULT,
         placement=placement(spec.placement) if spec.HasField("placement") else None,
         status=phase_name(status.phase),
@@ -126,6 +136,8 @@ def deployment(resource: deployment_pb2.Deployment) -> schema.Deployment:
         conditions=[_condition(each) for each in status.conditions],
         replica_states=[_replica(each) for each in status.replicas],
         last_failure=_failure(status.last_failure) if status.HasField("last_failure") else None,
+        rollout_status=_rollout_status(status.rollout) if status.HasField("rollout") else None,
+        autoscale_status=_autoscale_status(status.autoscale) if status.HasField("autoscale") else None,
         sizing=sizing(status.sizing) if status.HasField("sizing") else None,
     )
 
@@ -238,6 +250,28 @@ def _condition(condition: deployment_pb2.Condition) -> schema.Condition:
         reason=condition.reason,
         message=condition.message,
         transition_time=moment(condition.transition_time),
+    )
+
+
+def _rollout_status(rollout: deployment_pb2.RolloutStatus) -> schema.RolloutStatus:
+    return schema.RolloutStatus(
+        launch_generation=rollout.launch_generation,
+        serving_generation=rollout.serving_generation,
+        updated_replicas=rollout.updated_replicas,
+        outdated_replicas=rollout.outdated_replicas,
+        progress_time=moment(rollout.progress_time),
+        rolled_back_reason=rollout.rolled_back_reason,
+    )
+
+
+def _autoscale_status(status: deployment_pb2.AutoscaleStatus) -> schema.AutoscaleStatus:
+    return schema.AutoscaleStatus(
+        desired_replicas=status.desired_replicas,
+        floor_replicas=status.floor_replicas,
+        reason=status.reason,
+        message=status.message,
+        out_time=moment(status.out_time),
+        step_time=moment(status.step_time),
     )
 
 

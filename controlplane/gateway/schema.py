@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from pydantic.alias_generators import to_camel
 
 from controlplane.api import limits
+from controlplane.gateway.policies import Autoscale, Rollout
 
 EngineName = Literal[
     "vllm", "tgi", "sglang", "ollama", "llamacpp", "xllm", "vllm-ascend", "external", "simulator"
@@ -95,6 +96,10 @@ class DeclaredModel(_Body):
         default_factory=dict,
         description="Engine arguments by name; they override anything that was worked out.",
     )
+    rollout: Rollout | None = Field(default=None, description="How running replicas are replaced.")
+    autoscale: Autoscale | None = Field(
+        default=None, description="Lets the number of replicas follow the load."
+    )
     priority: Priority | None = Field(
         default=None,
         description="1 (least) to 10; by default 5. A higher one may pre-empt replicas of a lower one.",
@@ -123,6 +128,10 @@ class DeploymentChange(_Body):
     max_model_len: MaxModelLen | None = Field(default=None, description="Context length in tokens.")
     replicas: Replicas | None = Field(default=None, description="Replicas; 0 stops the deployment.")
     extra_args: dict[str, Any] | None = Field(default=None, description="Engine arguments by name.")
+    rollout: Rollout | None = Field(default=None, description="How running replicas are replaced.")
+    autoscale: Autoscale | None = Field(
+        default=None, description="Lets the number of replicas follow the load; null fixes it."
+    )
     priority: Priority | None = Field(default=None, description="1 to 10; restarts no engine.")
     placement: Placement | None = Field(default=None, description="Where replicas may run.")
 
@@ -225,6 +234,28 @@ class Failure(_Resource):
     next_attempt_time: str | None
 
 
+class RolloutStatus(_Resource):
+    """How far the present launch generation has come."""
+
+    launch_generation: int
+    serving_generation: int
+    updated_replicas: int
+    outdated_replicas: int
+    progress_time: str | None
+    rolled_back_reason: str
+
+
+class AutoscaleStatus(_Resource):
+    """What the autoscaler decided, and why."""
+
+    desired_replicas: int
+    floor_replicas: int
+    reason: str
+    message: str
+    out_time: str | None
+    step_time: str | None
+
+
 class Deployment(_Resource):
     """A deployment: what was declared, and what became of it."""
 
@@ -242,6 +273,8 @@ class Deployment(_Resource):
     max_model_len: int | None
     replicas: int
     extra_args: dict[str, Any]
+    rollout: Rollout | None
+    autoscale: Autoscale | None
     priority: int
     placement: Placement | None
     status: PhaseName
@@ -252,6 +285,8 @@ class Deployment(_Resource):
     conditions: list[Condition]
     replica_states: list[Replica]
     last_failure: Failure | None
+    rollout_status: RolloutStatus | None
+    autoscale_status: AutoscaleStatus | None
     sizing: Sizing | None
 
 

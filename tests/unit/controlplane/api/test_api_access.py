@@ -19,7 +19,7 @@ from core.rpc import call_metadata
 from tests.support.api_harness import FLEET_TOKEN, VIEWER_TOKEN, ApiHarness, running_api
 
 SCHEDULER = messages.DESCRIPTOR.services_by_name["SchedulerService"]
-MUTATIONS = ("Declare", "Update", "Scale", "Delete", "Cordon", "Drain")
+MUTATIONS = ("Declare", "Update", "Scale", "Restart", "Delete", "Cordon", "Drain")
 
 
 @pytest_asyncio.fixture
