@@ -35,7 +35,13 @@ from tests.support.fake_nodes import FakeNodes
 SERVICE = "millrace.scheduler.v1.SchedulerService"
 ADMIN_TOKEN = "admin-token-of-the-test"
 VIEWER_TOKEN = "viewer-token-of-the-test"
-WRITES = ("DeclareDeployments", "UpdateDeployment", "ScaleDeployment", "DeleteDeployment")
+WRITES = (
+    "DeclareDeployments",
+    "UpdateDeployment",
+    "ScaleDeployment",
+    "RestartDeployment",
+    "DeleteDeployment",
+)
 READS = (
     "GetDeployment",
     "ListDeployments",
@@ -265,6 +271,8 @@ class FakeScheduler(FakeNodes, SchedulerServiceServicer):
                     max_model_len=model.max_model_len if model.HasField("max_model_len") else None,
                     replicas=model.replicas if model.HasField("replicas") else None,
                     extra_args=model.extra_args if model.HasField("extra_args") else None,
+                    rollout=model.rollout if model.HasField("rollout") else None,
+                    autoscale=model.autoscale if model.HasField("autoscale") else None,
                 ),
             )
             deployment.create_time.GetCurrentTime()
@@ -363,6 +371,17 @@ class FakeScheduler(FakeNodes, SchedulerServiceServicer):
             self._make_ready(deployment)
         self.put(deployment)
         return messages.ScaleDeploymentResponse(deployment=deployment)
+
+    async def RestartDeployment(  # noqa: N802 - the contract's spelling
+        self, request: messages.RestartDeploymentRequest, context: Any
+    ) -> messages.RestartDeploymentResponse:
+        await self._begin("RestartDeployment", request)
+        deployment = self._find(request.namespace, request.name)
+        deployment.generation += 1
+        if self.ready_at_once:
+            self._make_ready(deployment)
+        self.put(deployment)
+        return messages.RestartDeploymentResponse(deployment=deployment)
 
     async def DeleteDeployment(  # noqa: N802 - the contract's spelling
         self, request: messages.DeleteDeploymentRequest, context: Any

@@ -287,6 +287,24 @@ class MillraceClient:
         )
         return (await self._caller.call(self._stub.ScaleDeployment, request)).deployment
 
+    async def restart(
+        self, namespace: str, name: str, *, etag: str = "", validate_only: bool = False
+    ) -> Deployment:
+        """Has every replica replaced by a new one of the same spec; tries a spec again that was rolled back.
+
+        Raises:
+            NotFound: There is none.
+            Conflict: The etag is not the current one.
+        """
+        request = messages.RestartDeploymentRequest(
+            namespace=namespace,
+            name=name,
+            etag=etag,
+            request_id=_request_id(),
+            validate_only=validate_only,
+        )
+        return (await self._caller.call(self._stub.RestartDeployment, request)).deployment
+
     async def delete(self, namespace: str, name: str, *, etag: str = "", validate_only: bool = False) -> None:
         """Deletes a deployment and its keys; its replicas drain and stop.
 

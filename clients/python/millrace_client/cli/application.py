@@ -11,7 +11,7 @@ from typing import Any
 
 import typer
 
-from millrace_client.cli import local, nodes, plan
+from millrace_client.cli import local, nodes, plan, rollout
 from millrace_client.cli.apply import apply
 from millrace_client.cli.chat import chat
 from millrace_client.cli.describe import describe
@@ -34,6 +34,7 @@ Declare a model, and talk to it:
   millrace chat qwen -m "Hello"           talk to it
   millrace describe qwen                  see what it needs, where it runs, and why
   millrace logs qwen -f                   follow its engine's log
+  millrace rollout status qwen            see how a change comes on
 
 Where to: --server and --token-file, or MILLRACE_SERVER and MILLRACE_TOKEN, or .millrace/local.json of
 this folder or a parent, which `millrace up` writes.
@@ -73,6 +74,7 @@ application.callback()(_root())
 local.register(application)
 for _function in (apply, get, describe, chat, logs, events, scale, delete):
     application.command(_function.__name__)(_function)
+rollout.register(application)
 nodes.register(application)
 plan.register(application)
 application.command("version")(show_version)

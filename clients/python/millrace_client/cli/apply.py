@@ -230,6 +230,8 @@ def changed_fields(current: "DeploymentSpec", entry: "ModelEntry") -> "tuple[Dep
         max_model_len=declared.max_model_len if declared.HasField("max_model_len") else None,
         replicas=declared.replicas if declared.HasField("replicas") else None,
         extra_args=declared.extra_args if declared.HasField("extra_args") else None,
+        rollout=declared.rollout if declared.HasField("rollout") else None,
+        autoscale=declared.autoscale if declared.HasField("autoscale") else None,
         priority=declared.priority if declared.HasField("priority") else None,
         placement=declared.placement if declared.HasField("placement") else None,
     )
@@ -251,6 +253,10 @@ def changed_fields(current: "DeploymentSpec", entry: "ModelEntry") -> "tuple[Dep
         changed.append("replicas")
     if MessageToDict(wanted.extra_args) != MessageToDict(current.extra_args):
         changed.append("extra_args")
+    if wanted.HasField("rollout") != current.HasField("rollout") or wanted.rollout != current.rollout:
+        changed.append("rollout")
+    if wanted.HasField("autoscale") != current.HasField("autoscale") or wanted.autoscale != current.autoscale:
+        changed.append("autoscale")
     if (wanted.priority or PRIORITY_DEFAULT) != (current.priority or PRIORITY_DEFAULT):
         changed.append("priority")
     if wanted.placement != current.placement:

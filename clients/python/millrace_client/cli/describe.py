@@ -87,6 +87,7 @@ def _sections(report: _Report) -> Iterator[Any]:
     yield from _sizing(deployment.status.sizing if deployment.status.HasField("sizing") else None)
     yield from _measured(deployment)
     yield from _conditions(deployment)
+    yield from _autoscale(deployment)
     yield from _replicas(deployment)
     yield from _failure(deployment)
     yield from _explanation(report)
@@ -112,6 +113,8 @@ def _identity(deployment: "Deployment") -> Iterator[Any]:
         str(spec.max_model_len) if spec.HasField("max_model_len") else "worked out from the model"
     )
     wanted = str(spec.replicas) if spec.HasField("replicas") else "1 (default)"
+    if status.HasField("autoscale"):
+        wanted = str(status.desired_replicas)
     yield from _pairs(
         ("Name", deployment.name),
         ("Namespace", deployment.namespace),
@@ -226,6 +229,29 @@ def _conditions(deployment: "Deployment") -> Iterator[Any]:
             )
             for each in deployment.status.conditions
         ],
+    )
+
+
+def _autoscale(deployment: "Deployment") -> Iterator[Any]:
+    from millrace_client.cli.render import moment
+
+    if not deployment.spec.HasField("autoscale"):
+        return
+    policy, status = deployment.spec.autoscale, deployment.status
+    least = policy.min_replicas if policy.HasField("min_replicas") else 1
+    yield ""
+    yield _heading("Autoscaling")
+    if not status.HasField("autoscale"):
+        yield f"  {least} to {policy.max_replicas} replicas; nothing has been decided yet"
+        return
+    found = status.autoscale
+    window = f", {found.floor_replicas} at this time" if found.floor_replicas != least else ""
+    yield from _pairs(
+        ("  Bounds", f"{least}{window} to {policy.max_replicas}"),
+        ("  Wanted", str(found.desired_replicas)),
+        ("  Reason", found.reason),
+        ("  Why", found.message),
+        ("  Last step", _when(found.step_time) if moment(found.step_time) is not None else "none yet"),
     )
 
 

@@ -18,6 +18,7 @@ from millrace_client.cli.placement import placement_message, placement_problems
 from millrace_client.errors import FieldViolation, InvalidArgument
 
 if TYPE_CHECKING:
+    from millrace.core.v1.policy_pb2 import Autoscale, Rollout
     from millrace.scheduler.v1.scheduler_service_pb2 import DeclaredModel
 
 STDIN = "-"
@@ -38,6 +39,8 @@ MODEL_FIELDS = (
     "max_model_len",
     "replicas",
     "extra_args",
+    "rollout",
+    "autoscale",
     "priority",
     "placement",
 )
@@ -54,6 +57,8 @@ class ModelEntry:
     max_model_len: int | None
     replicas: int | None
     extra_args: dict[str, Any]
+    rollout: "Rollout | None" = None
+    autoscale: "Autoscale | None" = None
     priority: int | None = None
     placement: dict[str, Any] | None = None
 
@@ -69,6 +74,8 @@ class ModelEntry:
             quantization=enum_number("quantization", self.quantization),  # type: ignore[arg-type]
             max_model_len=self.max_model_len,
             replicas=self.replicas,
+            rollout=self.rollout,
+            autoscale=self.autoscale,
             priority=self.priority,
         )
         if self.placement is not None:
@@ -292,9 +299,18 @@ class _Checker:
             max_model_len=self._integer(value, "max_model_len", prefix, minimum=1),
             replicas=self._integer(value, "replicas", prefix, minimum=0),
             extra_args=self._object(value, "extra_args", prefix),
+            rollout=self._policy(value, "rollout", prefix),
+            autoscale=self._policy(value, "autoscale", prefix),
             priority=self._integer(value, "priority", prefix, minimum=1),
             placement=self._placement(value, prefix),
         )
+
+    def _policy(self, value: dict[Any, Any], field: str, prefix: str) -> Any:
+        if value.get(field) is None or not self._plain(value[field], prefix + field, depth=0):
+            return None
+        from millrace_client.cli.policies import KINDS, read_policy
+
+        return read_policy(value[field], KINDS[field], prefix + field, self._wrong)
 
     def _placement(self, value: dict[Any, Any], prefix: str) -> dict[str, Any] | None:
         """Checks the shape of a placement; what its labels and devices mean is the server's to judge."""

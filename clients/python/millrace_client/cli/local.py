@@ -1,7 +1,8 @@
-"""Commands that need no cluster: `millrace up`, `millrace down` and `millrace size`.
+"""Commands that need no cluster: `millrace up`, `down`, `size` and `autoscale replay`.
 
-In come options that this module does not look at; the process becomes `millrace-local` or `millrace-size`,
-the programs of the server distribution that know them. It must not import anything of the server.
+In come options that this module does not look at; the process becomes `millrace-local`, `millrace-size` or
+`millrace-autoscale`, the programs of the server distribution that know them. It must not import anything of
+the server.
 """
 
 import os
@@ -16,6 +17,7 @@ from millrace_client import errors
 
 PROGRAM = "millrace-local"
 SIZE_PROGRAM = "millrace-size"
+AUTOSCALE_PROGRAM = "millrace-autoscale"
 _PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 
@@ -34,9 +36,14 @@ def size(context: typer.Context) -> None:
     _become(SIZE_PROGRAM, context.args)
 
 
+def autoscale(context: typer.Context) -> None:
+    """Try an autoscale policy on a series; `millrace autoscale replay --help` lists the options."""
+    _become(AUTOSCALE_PROGRAM, context.args)
+
+
 def register(application: typer.Typer) -> None:
     """Adds the commands; --help too is for the program behind them."""
-    for function in (up, down, size):
+    for function in (up, down, size, autoscale):
         application.command(function.__name__, context_settings=_PASS_THROUGH, add_help_option=False)(
             function
         )

@@ -215,8 +215,13 @@ def _take(
     status = deployment.status
     if status.observed_generation < generation:
         return
-    if status.phase in {types_pb2.DEPLOYMENT_PHASE_READY, types_pb2.DEPLOYMENT_PHASE_STOPPED}:
+    if status.rollout.rolled_back_reason:
+        result.failures[key] = f"it was rolled back: {status.rollout.rolled_back_reason}"
         open_keys.discard(key)
+    elif status.phase in {types_pb2.DEPLOYMENT_PHASE_READY, types_pb2.DEPLOYMENT_PHASE_STOPPED}:
+        # Replicas of the spec before may make it ready: the wait is for those of the present one.
+        if not status.rollout.outdated_replicas:
+            open_keys.discard(key)
     elif status.phase == types_pb2.DEPLOYMENT_PHASE_FAILED:
         result.failures[key] = status.last_failure.message or _standing(deployment)
         open_keys.discard(key)
@@ -239,6 +244,11 @@ def current_message(deployment: Deployment) -> str:
         return status.last_failure.message
     for condition in status.conditions:
         if condition.type == "Scheduled" and condition.status == types_pb2.CONDITION_STATUS_FALSE:
+            return condition.message
+    for condition in status.conditions:
+        if condition.type == "Progressing" and (
+            condition.status == types_pb2.CONDITION_STATUS_FALSE or status.rollout.outdated_replicas
+        ):
             return condition.message
     if status.phase in {types_pb2.DEPLOYMENT_PHASE_READY, types_pb2.DEPLOYMENT_PHASE_STOPPED}:
         return ""
