@@ -5,8 +5,9 @@ it is imported only here and only when a picture is asked for.
 """
 
 from collections.abc import Sequence
-from datetime import tzinfo
+from datetime import datetime, tzinfo
 from pathlib import Path
+from typing import Any
 
 from controlplane.scheduler.autoscale.replay import LATE_SECONDS, Moment, ServiceModel, Summary
 from core.errors import InvalidArgument
@@ -49,9 +50,41 @@ def draw(
     # Local clock readings without a zone: the axis then shows what people there read.
     times = [each.time.astimezone(zone).replace(tzinfo=None) for each in moments]
     figure = Figure(figsize=(10, 6.2), dpi=100, layout="constrained")
-    load, replicas, queue = figure.subplots(3, 1, sharex=True, height_ratios=[2, 2, 1])
+    axes = figure.subplots(3, 1, sharex=True, height_ratios=[2, 2, 1])
     if title:
         figure.suptitle(title, fontsize=12)
+    _plot(axes, times, moments, summary, model)
+    load, replicas, queue = axes
+    replicas.yaxis.set_major_locator(MaxNLocator(integer=True))
+    queue.yaxis.set_major_locator(MaxNLocator(nbins=3, integer=True))
+    for each in axes:
+        each.grid(alpha=0.25)
+        each.spines[["top", "right"]].set_visible(False)
+    for each in (load, replicas):
+        each.set_ylim(bottom=0)
+        each.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize=9)
+    locator = AutoDateLocator(maxticks=14)
+    queue.xaxis.set_major_locator(locator)
+    queue.xaxis.set_major_formatter(ConciseDateFormatter(locator))
+    queue.set_xlim(times[0], times[-1])
+    # The caption stands where the axis would repeat the date.
+    queue.xaxis.get_offset_text().set_visible(False)
+    figure.supxlabel(f"{_caption(summary)}\n{times[0]:%A, %d %B %Y}, times of {zone}", fontsize=9)
+    try:
+        figure.savefig(path, format="png", metadata={"Software": None})
+    except OSError as error:
+        raise InvalidArgument.of("--plot", f"{path} cannot be written: {error.strerror}") from error
+
+
+def _plot(
+    axes: Sequence[Any],
+    times: Sequence[datetime],
+    moments: Sequence[Moment],
+    summary: Summary,
+    model: ServiceModel,
+) -> None:
+    """Fills the three axes: load, replicas, queue."""
+    load, replicas, queue = axes
     capacity = [each.serving * model.requests_per_second for each in moments]
     load.fill_between(times, capacity, step="post", color=_CAPACITY, label="can be served")
     load.plot(times, [each.requests_per_second for each in moments], color=_LOAD, lw=1.2, label="comes in")
@@ -66,29 +99,10 @@ def draw(
         times, [each.floor for each in moments], where="post", color=_FLOOR, lw=1.2, ls="--", label="floor"
     )
     replicas.set_ylabel("replicas")
-    replicas.yaxis.set_major_locator(MaxNLocator(integer=True))
     replicas.set_ylim(0, summary.most + 0.6)
     queue.fill_between(times, [each.queued for each in moments], step="post", color=_QUEUE)
     queue.set_ylabel("requests\nwaiting")
-    queue.yaxis.set_major_locator(MaxNLocator(nbins=3, integer=True))
     queue.set_ylim(0, max(1, *(each.queued for each in moments)) * 1.1)
-    for axes in (load, replicas, queue):
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-    for axes in (load, replicas):
-        axes.set_ylim(bottom=0)
-        axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize=9)
-    locator = AutoDateLocator(maxticks=14)
-    queue.xaxis.set_major_locator(locator)
-    queue.xaxis.set_major_formatter(ConciseDateFormatter(locator))
-    queue.set_xlim(times[0], times[-1])
-    # The caption stands where the axis would repeat the date.
-    queue.xaxis.get_offset_text().set_visible(False)
-    figure.supxlabel(f"{_caption(summary)}\n{times[0]:%A, %d %B %Y}, times of {zone}", fontsize=9)
-    try:
-        figure.savefig(path, format="png", metadata={"Software": None})
-    except OSError as error:
-        raise InvalidArgument.of("--plot", f"{path} cannot be written: {error.strerror}") from error
 
 
 def _caption(summary: Summary) -> str:

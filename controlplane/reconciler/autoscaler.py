@@ -258,7 +258,7 @@ class Autoscaler:
         if not outcome.succeeded:
             _conflicts.inc()
             return False
-        await self._cluster.wait_for([key], outcome.revision, ECHO_SECONDS)
+        await self._cluster.wait_for({key: outcome.revision}, ECHO_SECONDS)
         return True
 
     def _tell(self, record: records_pb2.DeploymentRecord, before: State | None, after: State) -> None:

@@ -20,7 +20,6 @@ from millrace.core.v1 import types_pb2
 from millrace.core.v1.deployment_pb2 import Deployment, DeploymentSpec
 from millrace.core.v1.event_pb2 import Event
 from millrace.core.v1.node_pb2 import Node
-from millrace.core.v1.sizing_pb2 import Sizing, SizingTerm
 from millrace.scheduler.v1 import scheduler_service_pb2 as messages
 from millrace.scheduler.v1.scheduler_service_pb2_grpc import (
     SchedulerServiceServicer,
@@ -31,6 +30,7 @@ from core import errors
 from core.identity import Principal, Role, TokenAuthenticator
 from core.rpc import RpcServer, start_server
 from tests.support.fake_nodes import FakeNodes
+from tests.support.fake_resources import declared_spec, sizing
 
 SERVICE = "millrace.scheduler.v1.SchedulerService"
 ADMIN_TOKEN = "admin-token-of-the-test"
@@ -56,20 +56,6 @@ READS = (
 OPERATIONS = ("CordonNode", "DrainNode", "UpdateNode")
 
 Key = tuple[str, str]
-
-
-def sizing() -> Sizing:
-    """A sizing whose terms are easy to find in an output."""
-    return Sizing(
-        parameters=1_000_000,
-        weights_bytes=2 * 1024**2,
-        total_bytes=5 * 1024**3,
-        terms=[
-            SizingTerm(name="weights", bytes=2 * 1024**2, explanation="1,000,000 parameters x 2 bytes"),
-            SizingTerm(name="kv_cache", bytes=1024**3, explanation="8192 tokens x 128 KiB"),
-        ],
-        summary="2.0 MiB weights + 1.0 GiB cache + overhead",
-    )
 
 
 @dataclass(slots=True)
@@ -264,16 +250,7 @@ class FakeScheduler(FakeNodes, SchedulerServiceServicer):
                 uid=str(uuid.uuid4()),
                 generation=1,
                 metadata=request.metadata if request.HasField("metadata") else None,
-                spec=DeploymentSpec(
-                    model=model.model,
-                    engine=model.engine or types_pb2.ENGINE_VLLM,
-                    quantization=model.quantization or types_pb2.QUANTIZATION_NONE,
-                    max_model_len=model.max_model_len if model.HasField("max_model_len") else None,
-                    replicas=model.replicas if model.HasField("replicas") else None,
-                    extra_args=model.extra_args if model.HasField("extra_args") else None,
-                    rollout=model.rollout if model.HasField("rollout") else None,
-                    autoscale=model.autoscale if model.HasField("autoscale") else None,
-                ),
+                spec=declared_spec(model),
             )
             deployment.create_time.GetCurrentTime()
             deployment.status.phase = types_pb2.DEPLOYMENT_PHASE_PENDING

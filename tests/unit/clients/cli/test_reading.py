@@ -10,7 +10,8 @@ from millrace.core.v1.node_pb2 import Device, EngineEnvironment, Node
 from millrace.scheduler.v1 import scheduler_service_pb2 as messages
 
 from core import errors as server_errors
-from tests.support.fake_scheduler import FakeScheduler, sizing
+from tests.support.fake_resources import sizing
+from tests.support.fake_scheduler import FakeScheduler
 from tests.unit.clients.conftest import CommandLine
 
 
