@@ -3,8 +3,8 @@
     python -m tests.bench.rollout [--engine simulator|vllm] [--update good|broken|both]
 
 The first update changes the context length; the second asks for an engine argument that does not exist, so
-that no new replica starts: it has to be rolled back. Both run under load, and no request may fail. Engines that
-start share the processors with those that serve: on real vLLM two clients pause between their requests.
+that no new replica starts: it has to be rolled back. Both run under load, and no request may fail. Engines
+that start share the processors with those that serve: on real vLLM two clients pause between requests.
 """
 
 import argparse
@@ -78,7 +78,7 @@ async def update(
     return load, took_seconds, fewest, most, (await _progressing(stack))[1]
 
 
-_UPDATES = {
+_UPDATES: dict[str, tuple[str, dict[str, Any], str]] = {
     "good": ("another context length", {"max_model_len": 1024}, "Complete"),
     "broken": ("an argument that no engine knows", {"extra_args": {"no_such_argument": 1}}, "RolledBack"),
 }
