@@ -76,8 +76,9 @@ EXAMPLES ?= 10000
 test-scheduler: $(STAMP) ## The scheduler's promises against 10,000 generated clusters (EXAMPLES=N)
 	@MILLRACE_SCHEDULER_EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest tests/properties/test_scheduler_safety.py tests/properties/test_scheduler_preemption.py -n 2
 
-bench: $(STAMP) ## Measure: declaration to ready, fail-over
+bench: $(STAMP) ## Measure: declaration to ready, fail-over, rolling updates
 	@$(BIN)/python -m tests.bench
+	@$(BIN)/python -m tests.bench.rollout
 
 # A trace in Mooncake's format, for instance TRACE=mooncake-conversation.jsonl; without it the loads are generated.
 TRACE ?=

@@ -1,10 +1,15 @@
 """Autoscaling of simulated engines on a whole Millrace: no request may fail while replicas come and go."""
 
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
+from millrace.state.v1 import records_pb2
 
+from core.store import Delete, Put, keys
+from core.store.etcd import EtcdStore
+from core.store.etcd_settings import EtcdSettings
 from deploy.local.options import BUNDLED_MODEL
 from tests.support.gateway import call, ready_replicas, wait_ready
 from tests.support.load import steady_load
@@ -41,6 +46,21 @@ async def wanted(stack: LocalStack) -> int:
     return int(deployment["desired_replicas"])
 
 
+@asynccontextmanager
+async def parked_request(stack: LocalStack) -> AsyncIterator[None]:
+    """Says what a router says that holds a request for a deployment without endpoints."""
+    store = EtcdStore(EtcdSettings(endpoints=tuple(stack.description["etcd_endpoints"])))
+    record = records_pb2.RouterRecord(router_id="test")
+    record.demand.add(namespace=NAMESPACE, deployment=NAME, parked_requests=1)
+    key = keys.live_router("test")
+    try:
+        await store.commit([Put(key, record.SerializeToString())])
+        yield
+    finally:
+        await store.commit([Delete(key)])
+        await store.close()
+
+
 async def test_one_to_three_to_one_without_a_failed_request(stack: LocalStack) -> None:
     quick = {
         "max_replicas": 3,
@@ -71,3 +91,18 @@ async def test_one_to_three_to_one_without_a_failed_request(stack: LocalStack) -
     deployment = await call(stack, "GET", f"/v1/deployments/{NAMESPACE}/{NAME}")
     assert deployment["replicas"] == 1, "the spec is the user's"
     assert deployment["autoscale_status"]["reason"] in {"ScaledIn", "Steady"}
+
+
+async def test_it_sleeps_and_a_parked_request_wakes_it(stack: LocalStack) -> None:
+    sleepy = {"min_replicas": 0, "max_replicas": 2, "cooldown_in_seconds": 1, "idle_timeout_seconds": 3}
+    await call(stack, "PATCH", f"/v1/deployments/{NAMESPACE}/{NAME}", {"autoscale": sleepy})
+
+    async def asleep() -> bool:
+        deployment = await call(stack, "GET", f"/v1/deployments/{NAMESPACE}/{NAME}")
+        return deployment["status"] == "stopped" and not deployment["replica_states"]
+
+    await eventually(asleep, timeout_seconds=30)
+    async with parked_request(stack):
+        await wait_ready(stack, NAMESPACE, NAME, 1)
+    deployment = await call(stack, "GET", f"/v1/deployments/{NAMESPACE}/{NAME}")
+    assert deployment["autoscale_status"]["message"] == "0 -> 1: a request waits for it"
