@@ -47,7 +47,7 @@ async def _chat(it: Cluster, text: str) -> tuple[str, dict[str, Any]]:
 
 
 def _candidates(it: Cluster) -> dict[str, Candidate]:
-    decision = it.router.director.selector.decision
+    decision = it.router.director.candidates.selectors.default.decision
     assert decision is not None
     return {each.endpoint.replica: each for each in decision.candidates()}
 
@@ -63,7 +63,7 @@ async def test_a_pick_foretells_what_the_engine_takes_from_its_cache(world: Worl
         await world.ready(name)
     target = f"127.0.0.1:{running.agent.grpc_port}"
     async with cluster(strategy="default", prefix_index="exact", agent_token_file=token) as it:
-        exact = it.router.director.selector.exact
+        exact = it.router.director.candidates.selectors.default.exact
         assert exact is not None
         exact._tokenizer._wait_seconds = 5.0  # a busy machine must not decide what this test sees
         await it.publish(*(_record(world, name, target) for name in names))
@@ -78,8 +78,11 @@ async def test_a_pick_foretells_what_the_engine_takes_from_its_cache(world: Worl
             assert answered == first
             assert seen[first].cache_knowledge is CacheKnowledge.EXACT
             assert seen[first].cached_tokens == usage["prompt_tokens_details"]["cached_tokens"] > 0
-            assert it.router.director.selector.decision is not None
-            assert it.router.director.selector.decision.request.prompt.tokens == usage["prompt_tokens"]
+            assert it.router.director.candidates.selectors.default.decision is not None
+            assert (
+                it.router.director.candidates.selectors.default.decision.request.prompt.tokens
+                == usage["prompt_tokens"]
+            )
             assert seen[other].cached_tokens == 0
             await eventually(lambda blocks=blocks: exact.blocks_at(first) > blocks)
 
