@@ -214,6 +214,12 @@ async def test_a_router_follows_an_engine_through_its_agent(world: World, tmp_pa
             return False
 
         await eventually(lambda: refused("chat-b", grpc.StatusCode.FAILED_PRECONDITION))
+
+        async def offered() -> bool:
+            return not await refused("chat-a", grpc.StatusCode.UNAVAILABLE)
+
+        # The agent asks its engines one after the other.
+        await eventually(offered)
         assert await refused("chat-c", grpc.StatusCode.NOT_FOUND)
         assert await refused("chat-a", grpc.StatusCode.PERMISSION_DENIED, TOKEN)
         with pytest.raises(grpc.aio.AioRpcError, match="may not call"):
