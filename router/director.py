@@ -102,6 +102,8 @@ class Director:
         self.health = EndpointHealth(clock)
         self.budget = RetryBudget(clock)
         self._source = source
+        # One for all selectors: it follows endpoints, whatever picks among them.
+        self._exact = exact
         self.selector = Selector(strategy, loads=loads, samples=source.samples, exact=exact)
         self._forwarder = forwarder
         self._timeouts = timeouts
@@ -115,6 +117,8 @@ class Director:
         self.health.retain(view.endpoints)
         self.loads.retain({endpoint.replica for endpoint in view.endpoints})
         self.selector.retain(view.endpoints)
+        if self._exact is not None:
+            self._exact.follower.view_changed(view.endpoints)
         self._metrics.view_changed(view)
 
     def authenticate(self, authorization: str | None, record: RequestRecord) -> Tenant:
@@ -170,7 +174,7 @@ class Director:
             Refusal: None did.
         """
         self.budget.request()
-        if self.selector.exact is not None:
+        if self._exact is not None:
             await self._read_exactly(call)
         failure: AttemptFailed | None = None
         while True:
