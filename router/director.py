@@ -92,6 +92,7 @@ class Director:
             exact=exact,
         )
         self._splitter = Splitter()
+        # One for all selectors: it follows endpoints, whatever picks among them.
         self._exact = exact
         self._forwarder = forwarder
         self._timeouts = timeouts
@@ -105,6 +106,8 @@ class Director:
         self.health.retain(view.endpoints)
         self.loads.retain({endpoint.replica for endpoint in view.endpoints})
         self._splitter.retain(view)
+        if self._exact is not None:
+            self._exact.follower.view_changed(view.endpoints)
         self._metrics.view_changed(view)
         self.candidates.view_changed(view)
 

@@ -236,10 +236,7 @@ class Selector:
 
     def retain(self, endpoints: Iterable[Endpoint]) -> None:
         """Forgets the prefixes of all other endpoints and of earlier incarnations."""
-        present = list(endpoints)
-        self.index.retain(each.identity for each in present)
-        if self.exact is not None:
-            self.exact.follower.view_changed(present)
+        self.index.retain(each.identity for each in endpoints)
         self._of_tuple.clear()
         self._of_members.clear()
 

@@ -4,7 +4,7 @@ import asyncio
 import random
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -190,6 +190,11 @@ async def world(tmp_path: Path) -> AsyncIterator[World]:
         await world.fleet.stop()
 
 
+async def offered(refused: Awaitable[bool]) -> bool:
+    """An agent asks its engines one after the other."""
+    return not await refused
+
+
 async def test_a_router_follows_an_engine_through_its_agent(world: World, tmp_path: Path) -> None:
     token = tmp_path / "router-token"
     token.write_text("token-of-routers")
@@ -214,14 +219,14 @@ async def test_a_router_follows_an_engine_through_its_agent(world: World, tmp_pa
             return False
 
         await eventually(lambda: refused("chat-b", grpc.StatusCode.FAILED_PRECONDITION))
+        await eventually(lambda: offered(refused("chat-a", grpc.StatusCode.UNAVAILABLE)))
         assert await refused("chat-c", grpc.StatusCode.NOT_FOUND)
         assert await refused("chat-a", grpc.StatusCode.PERMISSION_DENIED, TOKEN)
         with pytest.raises(grpc.aio.AioRpcError, match="may not call"):
             await stub.ListEngines(messages.ListEnginesRequest(), metadata=metadata)
 
-        stream = aiter(
-            stub.StreamKvEvents(messages.StreamKvEventsRequest(replica="chat-a"), metadata=metadata)
-        )
+        request = messages.StreamKvEventsRequest(replica="chat-a")
+        stream = aiter(stub.StreamKvEvents(request, metadata=metadata))
 
         async def read_until(wanted: set[int]) -> messages.StreamKvEventsResponse:
             async with asyncio.timeout(20):

@@ -132,7 +132,8 @@ async def test_a_signal_during_start_up_ends_it() -> None:
 
 async def test_start_up_imports_nothing_heavy() -> None:
     heavy = (
-        "{'aiohttp', 'pydantic', 'structlog', 'typer', 'prometheus_client', 'grpc', 'core', 'zmq', 'msgspec'}"
+        "{'aiohttp', 'pydantic', 'structlog', 'typer', 'prometheus_client', 'grpc', 'zmq', 'msgspec',"
+        "'importlib.metadata', 'core.rpc', 'core.clock'}"
     )
     code = (
         "import sys, nodeagent.engines.simulator.__main__, nodeagent.engines.simulator.process;"
