@@ -117,16 +117,19 @@ class RouterMetrics:
         self._index_bytes = self._sum(
             "millrace_router_prefix_index_bytes", "Memory of the prefix index, estimated."
         )
+        self._open = 0
+        # Bounded like the labels: closed sets, all of them.
+        self._ended: dict[tuple[str, int, str], int] = {}
+        self._times: dict[str, tuple[_Times, _Times]] = {}
+        self._begin_series()
+
+    def _begin_series(self) -> None:
         # Series exist from the start: an alert on a rate must not miss the first event.
         for cause in Cause:
             self._retries.labels(cause.value)
         for owner in Owner:
             self._upstream_errors.labels(owner.value)
         self.view_changed(View())
-        self._open = 0
-        # Bounded like the labels: closed sets, all of them.
-        self._ended: dict[tuple[str, int, str], int] = {}
-        self._times: dict[str, tuple[_Times, _Times]] = {}
 
     def _sum(self, name: str, text: str) -> Gauge:
         """Makes a gauge that is added up over the workers."""
