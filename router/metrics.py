@@ -138,12 +138,12 @@ class RouterMetrics:
         )
         self._register_waiting()
         self._register_usage()
-        self._begin_series()
         self._open = 0
         # Bounded like the labels: closed sets, all of them.
         self._ended: dict[tuple[str, int, str], int] = {}
         self._times: dict[str, tuple[_Times, _Times]] = {}
         self._used: dict[tuple[str, str], _Used] = {}
+        self._begin_series()
 
     def _begin_series(self) -> None:
         """Makes the series of closed sets: an alert on a rate must not miss the first event."""

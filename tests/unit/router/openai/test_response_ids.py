@@ -5,7 +5,7 @@ from router.view.view import Endpoint, EndpointState
 
 
 def endpoint(replica: str, engine: str = "vllm") -> Endpoint:
-    return Endpoint("a", "d", replica, "http://h", "d", "m", EndpointState.READY, "i", 1, "n", engine)
+    return Endpoint("a", "d", replica, "http://h", "d", "m", EndpointState.READY, "i", 1, "n", engine=engine)
 
 
 def test_an_id_leads_to_the_endpoint_that_made_it() -> None:
