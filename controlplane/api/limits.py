@@ -45,6 +45,36 @@ JSON_DEPTH_MAX = 16
 EXTERNAL_URLS_MAX = 256
 """Endpoints of one external deployment; each is probed and scraped once a second."""
 
+STRATEGY_LENGTH_MAX = 256
+"""All built-in plug-ins with weights fit in; it travels in every view of every router."""
+
+QUEUE_REQUESTS_MAX = 100_000
+"""Bodies of a longer queue would not fit into a router's memory."""
+
+QUEUE_SECONDS_MAX = 3600
+"""Clients give up long before."""
+
+EJECTION_SECONDS_MAX = 3600
+"""An endpoint that is to be left alone for longer is drained."""
+
+CONSECUTIVE_FAILURES_MAX = 1000
+"""An engine that fails this often in a row serves nobody."""
+
+ALIASES_MAX = 100
+"""Of one namespace; each is in every view of every router."""
+
+ALIAS_LENGTH_MAX = 128
+"""Longest model id that clients are known to send has about half of it."""
+
+ALIAS_TARGETS_MAX = 16
+"""Deployments behind one alias."""
+
+ALIAS_WEIGHT_MAX = 1_000_000
+"""Finer shares cannot be told from none."""
+
+QUOTA_MAX = 1_000_000
+"""A larger number is a typing mistake; no quota is unbounded."""
+
 REQUEST_ID_LENGTH_MAX = 64
 """A UUID has 36 characters."""
 

@@ -19,6 +19,7 @@ from controlplane.api.declare import Declarer
 from controlplane.api.deployments import Deployments
 from controlplane.api.explain import explain
 from controlplane.api.logs import Logs
+from controlplane.api.namespaces import Namespaces
 from controlplane.api.nodes import Nodes
 from controlplane.api.plan import plan_deployments
 from controlplane.api.watches import Watches
@@ -33,6 +34,7 @@ class SchedulerServicer(scheduler_service_pb2_grpc.SchedulerServiceServicer):
         self._context = context
         self._declarer = Declarer(context)
         self._deployments = Deployments(context)
+        self._namespaces = Namespaces(context)
         self._nodes = Nodes(context)
         self._watches = Watches(context)
         self._logs = Logs(context)
@@ -112,6 +114,24 @@ class SchedulerServicer(scheduler_service_pb2_grpc.SchedulerServiceServicer):
         async with aclosing(self._watches.events(request)) as stream:
             async for message in stream:
                 yield message
+
+    async def ListNamespaces(
+        self, request: messages.ListNamespacesRequest, context: Any
+    ) -> messages.ListNamespacesResponse:
+        """Lists namespaces."""
+        return await self._namespaces.list(request)
+
+    async def GetNamespace(
+        self, request: messages.GetNamespaceRequest, context: Any
+    ) -> messages.GetNamespaceResponse:
+        """Gets one namespace."""
+        return await self._namespaces.get(request)
+
+    async def UpdateNamespace(
+        self, request: messages.UpdateNamespaceRequest, context: Any
+    ) -> messages.UpdateNamespaceResponse:
+        """Changes quota and aliases of a namespace."""
+        return await self._namespaces.update(request)
 
     async def ListNodes(self, request: messages.ListNodesRequest, context: Any) -> messages.ListNodesResponse:
         """Lists nodes."""

@@ -17,6 +17,7 @@ from millrace.scheduler.v1 import scheduler_service_pb2
 from controlplane.api import limits
 from controlplane.api.lifecycle import check_lifecycle
 from controlplane.api.placement import check_placement, check_priority
+from controlplane.api.routing import check_routing
 from controlplane.api.violations import Violations as Violations  # noqa: PLC0414 - callers check with what this module offers
 from controlplane.convert import (
     EXTERNAL_URLS_ARGUMENT,
@@ -138,6 +139,8 @@ def check_spec(spec: deployment_pb2.DeploymentSpec, prefix: str, violations: Vio
     check_placement(spec, prefix, violations.add)
     _check_extra_args(spec, f"{prefix}extra_args", violations)
     check_lifecycle(spec, prefix, violations)
+    if spec.HasField("routing"):
+        check_routing(spec.routing, f"{prefix}routing", violations)
 
 
 def check_replicas(spec: deployment_pb2.DeploymentSpec, field: str, violations: Violations) -> None:
@@ -257,6 +260,8 @@ def _spec_of(model: scheduler_service_pb2.DeclaredModel) -> deployment_pb2.Deplo
         spec.priority = model.priority
     if model.HasField("placement"):
         spec.placement.CopyFrom(model.placement)
+    if model.HasField("routing"):
+        spec.routing.CopyFrom(model.routing)
     return spec
 
 

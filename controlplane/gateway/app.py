@@ -14,7 +14,7 @@ import structlog
 from aiohttp import web
 from prometheus_client import Counter, Histogram
 
-from controlplane.gateway import deployments, nodes, watch
+from controlplane.gateway import deployments, namespaces, nodes, watch
 from controlplane.gateway.backend import Backend
 from controlplane.gateway.failures import error_response, http_error_response, internal_response
 from controlplane.gateway.openapi import openapi_document
@@ -57,6 +57,7 @@ def build_app(backend: Backend, *, ready: Callable[[], bool]) -> web.Application
     app.router.add_get("/metrics", _metrics)
     app.router.add_get("/openapi.json", _openapi)
     deployments.add_routes(app)
+    namespaces.add_routes(app)
     nodes.add_routes(app)
     watch.add_routes(app)
     app.on_shutdown.append(watch.close_all)

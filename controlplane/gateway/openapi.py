@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from controlplane.gateway import schema
+from controlplane.gateway import namespace_schema, schema
 from core import VERSION
 
 _NAMESPACE = "namespace"
@@ -38,6 +38,8 @@ _ANSWERS: tuple[type[BaseModel], ...] = (
     schema.NodePage,
     schema.DrainAnswer,
     schema.PlanAnswer,
+    namespace_schema.Namespace,
+    namespace_schema.NamespacePage,
     schema.ErrorAnswer,
 )
 _BODIES: tuple[type[BaseModel], ...] = (
@@ -45,6 +47,7 @@ _BODIES: tuple[type[BaseModel], ...] = (
     schema.DeploymentChange,
     schema.PlanBody,
     schema.NodeChange,
+    namespace_schema.NamespaceChange,
 )
 
 
@@ -130,11 +133,40 @@ def _paths() -> dict[str, Any]:
                 answer=schema.PlanAnswer, body=schema.PlanBody, errors=(400, 401, 403, 413, 503),
             ),
         },
+        **_namespace_paths(pages),
         **_node_paths(pages),
         "/health": {"get": _open("health", "200 while serving, 503 while starting.", "application/json")},
         "/metrics": {"get": _open("metrics", "Prometheus metrics.", "text/plain")},
         "/openapi.json": {"get": _open("openapi", "This document.", "application/json")},
     }  # fmt: skip
+
+
+def _namespace_paths(pages: list[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        "/v1/namespaces": {
+            "get": _operation(
+                "listNamespaces",
+                "List namespaces of which something was said.",
+                answer=namespace_schema.NamespacePage,
+                parameters=pages,
+                errors=_LIST_ERRORS,
+            ),
+        },
+        "/v1/namespaces/{name}": {
+            "get": _operation(
+                "getNamespace", "Get a namespace.", answer=namespace_schema.Namespace, path=("name",)
+            ),
+            "patch": _operation(
+                "updateNamespace",
+                "Replace quota or aliases.",
+                answer=namespace_schema.Namespace,
+                body=namespace_schema.NamespaceChange,
+                path=("name",),
+                parameters=_write_parameters(),
+                errors=_WRITE_ERRORS,
+            ),
+        },
+    }
 
 
 def _node_paths(pages: list[dict[str, Any]]) -> dict[str, Any]:

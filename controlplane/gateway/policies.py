@@ -1,8 +1,8 @@
-"""Roll-out and autoscale policies as callers write them, and their way to protobuf and back.
+"""Roll-out, autoscale and routing policies as callers write them, and their way to protobuf and back.
 
-In come the optional objects `rollout` and `autoscale` of a model's entry, out come messages, and the other
-way round. Times are numbers of seconds in fields that end in `_seconds`; what is left out stays unset. Ranges
-that depend on each other are the API's to check.
+In come the optional objects `rollout`, `autoscale` and `routing` of a model's entry, out come messages, and
+the other way round. Times are numbers of seconds in fields that end in `_seconds`; what is left out stays
+unset. Ranges that depend on each other are the API's to check.
 """
 
 from datetime import timedelta
@@ -122,6 +122,43 @@ class Autoscale(_Policy):
     )
 
 
+class CircuitBreaker(_Policy):
+    """When an endpoint is left alone."""
+
+    consecutive_failures: Annotated[int, Field(ge=1, le=limits.CONSECUTIVE_FAILURES_MAX)] | None = Field(
+        default=None, description="Failures in a row of engine or transport. By default the router's."
+    )
+    ejection_seconds: Seconds | None = Field(
+        default=None, description="How long it is left alone the first time. By default the router's."
+    )
+
+
+class Routing(_Policy):
+    """How routers treat requests for a deployment."""
+
+    strategy: str | None = Field(
+        default=None,
+        max_length=limits.STRATEGY_LENGTH_MAX,
+        description="Picking plug-ins, a scorer's with a weight where wanted. By default the router's.",
+        examples=["least-pending", "prefix=3,kv=2,load=2"],
+    )
+    circuit_breaker: CircuitBreaker | None = Field(default=None, description="When endpoints are left alone.")
+    stream_continuation: bool | None = Field(
+        default=None,
+        description="Continues a stream on another endpoint when its engine dies. By default false.",
+    )
+    fallback_deployment: str | None = Field(
+        default=None, description="Deployment of the same namespace that serves when this one cannot."
+    )
+    queue_requests_max: Annotated[int, Field(ge=0, le=limits.QUEUE_REQUESTS_MAX)] | None = Field(
+        default=None,
+        description="Requests that one router worker lets wait for room. By default the router's.",
+    )
+    queue_timeout_seconds: Seconds | None = Field(
+        default=None, description="How long they wait at most. By default the router's."
+    )
+
+
 def rollout_message(rollout: Rollout) -> policy_pb2.Rollout:
     """Converts what a caller sent."""
     return _to_message(rollout, policy_pb2.Rollout())
@@ -132,6 +169,11 @@ def autoscale_message(autoscale: Autoscale) -> policy_pb2.Autoscale:
     return _to_message(autoscale, policy_pb2.Autoscale())
 
 
+def routing_message(routing: Routing) -> policy_pb2.Routing:
+    """Converts what a caller sent."""
+    return _to_message(routing, policy_pb2.Routing())
+
+
 def rollout_of(message: policy_pb2.Rollout) -> Rollout:
     """Converts what is stored."""
     return _from_message(message, Rollout)
@@ -140,6 +182,11 @@ def rollout_of(message: policy_pb2.Rollout) -> Rollout:
 def autoscale_of(message: policy_pb2.Autoscale) -> Autoscale:
     """Converts what is stored."""
     return _from_message(message, Autoscale)
+
+
+def routing_of(message: policy_pb2.Routing) -> Routing:
+    """Converts what is stored."""
+    return _from_message(message, Routing)
 
 
 def _to_message(policy: _Policy, message: M) -> M:

@@ -52,6 +52,8 @@ def declare_request(
             entry.priority = model.priority
         if model.placement is not None:
             entry.placement.CopyFrom(placement_message(model.placement))
+        if model.routing is not None:
+            entry.routing.CopyFrom(policies.routing_message(model.routing))
     return request
 
 
@@ -84,6 +86,8 @@ def update_request(
         spec.priority = change.priority
     if change.placement is not None:
         spec.placement.CopyFrom(placement_message(change.placement))
+    if change.routing is not None:
+        spec.routing.CopyFrom(policies.routing_message(change.routing))
     return request
 
 
@@ -128,6 +132,7 @@ def deployment(resource: deployment_pb2.Deployment) -> schema.Deployment:
         autoscale=policies.autoscale_of(spec.autoscale) if spec.HasField("autoscale") else None,
         priority=spec.priority if spec.HasField("priority") else PRIORITY_DEFAULT,
         placement=placement(spec.placement) if spec.HasField("placement") else None,
+        routing=policies.routing_of(spec.routing) if spec.HasField("routing") else None,
         status=phase_name(status.phase),
         reconciling=status.reconciling,
         observed_generation=status.observed_generation,

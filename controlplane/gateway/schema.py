@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from pydantic.alias_generators import to_camel
 
 from controlplane.api import limits
-from controlplane.gateway.policies import Autoscale, Rollout
+from controlplane.gateway.policies import Autoscale, Rollout, Routing
 
 EngineName = Literal[
     "vllm", "tgi", "sglang", "ollama", "llamacpp", "xllm", "vllm-ascend", "external", "simulator"
@@ -105,6 +105,7 @@ class DeclaredModel(_Body):
         description="1 (least) to 10; by default 5. A higher one may pre-empt replicas of a lower one.",
     )
     placement: Placement | None = Field(default=None, description="Where replicas may run.")
+    routing: Routing | None = Field(default=None, description="How routers treat requests for it.")
 
 
 class Declaration(_Body):
@@ -134,6 +135,7 @@ class DeploymentChange(_Body):
     )
     priority: Priority | None = Field(default=None, description="1 to 10; restarts no engine.")
     placement: Placement | None = Field(default=None, description="Where replicas may run.")
+    routing: Routing | None = Field(default=None, description="How routers treat requests for it.")
 
 
 class SizingTerm(_Resource):
@@ -277,6 +279,7 @@ class Deployment(_Resource):
     autoscale: Autoscale | None
     priority: int
     placement: Placement | None
+    routing: Routing | None
     status: PhaseName
     reconciling: bool
     observed_generation: int

@@ -29,6 +29,7 @@ from millrace.scheduler.v1.scheduler_service_pb2_grpc import (
 from core import errors
 from core.identity import Principal, Role, TokenAuthenticator
 from core.rpc import RpcServer, start_server
+from tests.support.fake_namespaces import NAMESPACE_READS, NAMESPACE_WRITES, FakeNamespaces
 from tests.support.fake_nodes import FakeNodes
 from tests.support.fake_resources import declared_spec, sizing
 
@@ -68,7 +69,7 @@ class _Watcher:
         return self.namespace in {"", deployment.namespace} and self.name in {"", deployment.name}
 
 
-class FakeScheduler(FakeNodes, SchedulerServiceServicer):
+class FakeScheduler(FakeNodes, FakeNamespaces, SchedulerServiceServicer):
     """Holds deployments, nodes, events and log lines.
 
     Attributes:
@@ -470,8 +471,8 @@ class ServedScheduler:
 @asynccontextmanager
 async def serve_scheduler(fake: FakeScheduler, *, port: int = 0) -> AsyncIterator[ServedScheduler]:
     """Serves a fake on 127.0.0.1; the admin token may do everything, the viewer token may read."""
-    policy = {f"/{SERVICE}/{method}": Role.VIEWER for method in READS}
-    policy |= {f"/{SERVICE}/{method}": Role.OPERATOR for method in (*WRITES, *OPERATIONS)}
+    policy = {f"/{SERVICE}/{method}": Role.VIEWER for method in (*READS, *NAMESPACE_READS)}
+    policy |= {f"/{SERVICE}/{method}": Role.OPERATOR for method in (*WRITES, *OPERATIONS, *NAMESPACE_WRITES)}
     server = await start_server(
         host="127.0.0.1",
         port=port,

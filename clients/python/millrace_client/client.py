@@ -23,6 +23,7 @@ from millrace.scheduler.v1.scheduler_service_pb2_grpc import SchedulerServiceStu
 
 from millrace_client import errors, following
 from millrace_client.calling import Caller, Metadata
+from millrace_client.namespaces import NamespaceCalls
 
 # Reads and small writes take milliseconds; ten seconds leave room for retries over a short outage.
 TIMEOUT_SECONDS = 10.0
@@ -46,7 +47,7 @@ _CHANNEL_OPTIONS = (
 )
 
 
-class MillraceClient:
+class MillraceClient(NamespaceCalls):
     """Talks to one Millrace.
 
     ```python

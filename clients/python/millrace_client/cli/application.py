@@ -11,7 +11,7 @@ from typing import Any
 
 import typer
 
-from millrace_client.cli import local, nodes, plan, rollout
+from millrace_client.cli import local, namespaces, nodes, plan, rollout
 from millrace_client.cli.apply import apply
 from millrace_client.cli.chat import chat
 from millrace_client.cli.describe import describe
@@ -75,6 +75,7 @@ local.register(application)
 for _function in (apply, get, describe, chat, logs, events, scale, delete):
     application.command(_function.__name__)(_function)
 rollout.register(application)
+namespaces.register(application)
 nodes.register(application)
 plan.register(application)
 application.command("version")(show_version)

@@ -234,6 +234,7 @@ def changed_fields(current: "DeploymentSpec", entry: "ModelEntry") -> "tuple[Dep
         autoscale=declared.autoscale if declared.HasField("autoscale") else None,
         priority=declared.priority if declared.HasField("priority") else None,
         placement=declared.placement if declared.HasField("placement") else None,
+        routing=declared.routing if declared.HasField("routing") else None,
     )
     changed: list[str] = []
     if wanted.model != current.model:
@@ -261,6 +262,8 @@ def changed_fields(current: "DeploymentSpec", entry: "ModelEntry") -> "tuple[Dep
         changed.append("priority")
     if wanted.placement != current.placement:
         changed.append("placement")
+    if wanted.HasField("routing") != current.HasField("routing") or wanted.routing != current.routing:
+        changed.append("routing")
     return wanted, changed
 
 

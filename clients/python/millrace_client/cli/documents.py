@@ -18,7 +18,7 @@ from millrace_client.cli.placement import placement_message, placement_problems
 from millrace_client.errors import FieldViolation, InvalidArgument
 
 if TYPE_CHECKING:
-    from millrace.core.v1.policy_pb2 import Autoscale, Rollout
+    from millrace.core.v1.policy_pb2 import Autoscale, Rollout, Routing
     from millrace.scheduler.v1.scheduler_service_pb2 import DeclaredModel
 
 STDIN = "-"
@@ -43,6 +43,7 @@ MODEL_FIELDS = (
     "autoscale",
     "priority",
     "placement",
+    "routing",
 )
 
 
@@ -61,6 +62,7 @@ class ModelEntry:
     autoscale: "Autoscale | None" = None
     priority: int | None = None
     placement: dict[str, Any] | None = None
+    routing: "Routing | None" = None
 
     def message(self) -> "DeclaredModel":
         """Returns the entry as the contract has it."""
@@ -77,6 +79,7 @@ class ModelEntry:
             rollout=self.rollout,
             autoscale=self.autoscale,
             priority=self.priority,
+            routing=self.routing,
         )
         if self.placement is not None:
             declared.placement.CopyFrom(placement_message(self.placement))
@@ -303,6 +306,7 @@ class _Checker:
             autoscale=self._policy(value, "autoscale", prefix),
             priority=self._integer(value, "priority", prefix, minimum=1),
             placement=self._placement(value, prefix),
+            routing=self._policy(value, "routing", prefix),
         )
 
     def _policy(self, value: dict[Any, Any], field: str, prefix: str) -> Any:

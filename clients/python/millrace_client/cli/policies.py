@@ -1,4 +1,4 @@
-"""Policies in files: `rollout` and `autoscale`, from plain values to the contract's messages.
+"""Policies in files: `rollout`, `autoscale` and `routing`, from plain values to the contract's messages.
 
 In come objects as JSON and YAML have them, out come messages; times are numbers of seconds in fields that end
 in `_seconds`. What is wrong is told by path. Which values go together is the server's to judge.
@@ -19,7 +19,11 @@ M = TypeVar("M", bound=Message)
 Wrong = Callable[[str, str], None]
 """Takes a path and what is wrong there."""
 
-KINDS: dict[str, type[Message]] = {"rollout": policy_pb2.Rollout, "autoscale": policy_pb2.Autoscale}
+KINDS: dict[str, type[Message]] = {
+    "rollout": policy_pb2.Rollout,
+    "autoscale": policy_pb2.Autoscale,
+    "routing": policy_pb2.Routing,
+}
 """Fields of a model's entry that hold policies."""
 
 _SECONDS = "_seconds"
@@ -85,6 +89,8 @@ def _fill(message: Any, field: Any, value: Any, path: str, wrong: Wrong) -> None
 def _fill_scalar(message: Any, field: Any, value: Any, path: str, wrong: Wrong) -> None:
     if field.type == FieldDescriptor.TYPE_STRING:
         fits, expected = isinstance(value, str), "a text (put it in quotes)"
+    elif field.type == FieldDescriptor.TYPE_BOOL:
+        fits, expected = isinstance(value, bool), "true or false"
     elif field.type == FieldDescriptor.TYPE_DOUBLE:
         fits, expected = _is_number(value), "a number"
     else:

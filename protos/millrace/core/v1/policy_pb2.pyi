@@ -474,6 +474,38 @@ class CircuitBreaker(_message.Message):
 Global___CircuitBreaker: _TypeAlias = CircuitBreaker  # noqa: Y015
 
 @_typing.final
+class Namespace(_message.Message):
+    """Namespace is a tenant. It exists as soon as it is named; without anything said of it, it is unbounded."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    SPEC_FIELD_NUMBER: _builtins.int
+    ETAG_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Name; lower-case DNS characters."""
+    etag: _builtins.str
+    """Output only. Opaque version for UpdateNamespace; a mismatch answers ABORTED."""
+    @_builtins.property
+    def spec(self) -> Global___NamespaceSpec:
+        """What is wanted."""
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        spec: Global___NamespaceSpec | None = ...,
+        etag: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["spec", b"spec"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["etag", b"etag", "name", b"name", "spec", b"spec"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Namespace: _TypeAlias = Namespace  # noqa: Y015
+
+@_typing.final
 class NamespaceSpec(_message.Message):
     """NamespaceSpec is what operators and users want of a tenant."""
 

@@ -94,6 +94,21 @@ class SchedulerServiceStub:
                 request_serializer=millrace_dot_scheduler_dot_v1_dot_scheduler__service__pb2.WatchEventsRequest.SerializeToString,
                 response_deserializer=millrace_dot_scheduler_dot_v1_dot_scheduler__service__pb2.WatchEventsResponse.FromString,
                 _registered_method=True)
+        self.ListNamespaces = channel.unary_unary(
+                '/millrace.scheduler.v1.SchedulerService/ListNamespaces',
+                request_serializer=millrace_dot_scheduler_dot_v1_dot_scheduler__service__pb2.ListNamespacesRequest.SerializeToString,
+                response_deserializer=millrace_dot_scheduler_dot_v1_dot_scheduler__service__pb2.ListNamespacesResponse.FromString,
+                _registered_method=True)
+        self.GetNamespace = channel.unary_unary(
+                '/millrace.scheduler.v1.SchedulerService/GetNamespace',
+                request_serializer=millrace_dot_scheduler_dot_v1_dot_scheduler__service__pb2.GetNamespaceRequest.SerializeToString,
+                response_deserializer=millrace_dot_scheduler_dot_v1_dot_scheduler__service__pb2.GetNamespaceResponse.FromString,
+                _registered_method=True)
+        self.UpdateNamespace = channel.unary_unary(
+                '/millrace.scheduler.v1.SchedulerService/UpdateNamespace',
+                request_serializer=millrace_dot_scheduler_dot_v1_dot_scheduler__service__pb2.UpdateNamespaceRequest.SerializeToString,
+                response_deserializer=millrace_dot_scheduler_dot_v1_dot_scheduler__service__pb2.UpdateNamespaceResponse.FromString,
+                _registered_method=True)
         self.ListNodes = channel.unary_unary(
                 '/millrace.scheduler.v1.SchedulerService/ListNodes',
                 request_serializer=millrace_dot_scheduler_dot_v1_dot_scheduler__service__pb2.ListNodesRequest.SerializeToString,
@@ -216,6 +231,28 @@ class SchedulerServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListNamespaces(self, request, context):
+        """Lists the namespaces of which something was said: quotas or aliases. Errors: INVALID_ARGUMENT (page_size,
+        page_token), OUT_OF_RANGE (the snapshot of the page token has been compacted; list again).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetNamespace(self, request, context):
+        """Gets one namespace; one of which nothing was said has an empty spec. Errors: INVALID_ARGUMENT (name).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UpdateNamespace(self, request, context):
+        """Changes quota and aliases of a namespace. Errors: ABORTED (etag), INVALID_ARGUMENT (a field, with its path).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ListNodes(self, request, context):
         """Lists nodes. Errors: INVALID_ARGUMENT (page_size, page_token).
         """
@@ -317,6 +354,21 @@ def add_SchedulerServiceServicer_to_server(servicer, server):
                     servicer.WatchEvents,
                     request_deserializer=millrace_dot_scheduler_dot_v1_dot_scheduler__service__pb2.WatchEventsRequest.FromString,
                     response_serializer=millrace_dot_scheduler_dot_v1_dot_scheduler__service__pb2.WatchEventsResponse.SerializeToString,
+            ),
+            'ListNamespaces': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListNamespaces,
+                    request_deserializer=millrace_dot_scheduler_dot_v1_dot_scheduler__service__pb2.ListNamespacesRequest.FromString,
+                    response_serializer=millrace_dot_scheduler_dot_v1_dot_scheduler__service__pb2.ListNamespacesResponse.SerializeToString,
+            ),
+            'GetNamespace': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetNamespace,
+                    request_deserializer=millrace_dot_scheduler_dot_v1_dot_scheduler__service__pb2.GetNamespaceRequest.FromString,
+                    response_serializer=millrace_dot_scheduler_dot_v1_dot_scheduler__service__pb2.GetNamespaceResponse.SerializeToString,
+            ),
+            'UpdateNamespace': grpc.unary_unary_rpc_method_handler(
+                    servicer.UpdateNamespace,
+                    request_deserializer=millrace_dot_scheduler_dot_v1_dot_scheduler__service__pb2.UpdateNamespaceRequest.FromString,
+                    response_serializer=millrace_dot_scheduler_dot_v1_dot_scheduler__service__pb2.UpdateNamespaceResponse.SerializeToString,
             ),
             'ListNodes': grpc.unary_unary_rpc_method_handler(
                     servicer.ListNodes,
@@ -651,6 +703,87 @@ class SchedulerService:
             '/millrace.scheduler.v1.SchedulerService/WatchEvents',
             millrace_dot_scheduler_dot_v1_dot_scheduler__service__pb2.WatchEventsRequest.SerializeToString,
             millrace_dot_scheduler_dot_v1_dot_scheduler__service__pb2.WatchEventsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListNamespaces(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/millrace.scheduler.v1.SchedulerService/ListNamespaces',
+            millrace_dot_scheduler_dot_v1_dot_scheduler__service__pb2.ListNamespacesRequest.SerializeToString,
+            millrace_dot_scheduler_dot_v1_dot_scheduler__service__pb2.ListNamespacesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetNamespace(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/millrace.scheduler.v1.SchedulerService/GetNamespace',
+            millrace_dot_scheduler_dot_v1_dot_scheduler__service__pb2.GetNamespaceRequest.SerializeToString,
+            millrace_dot_scheduler_dot_v1_dot_scheduler__service__pb2.GetNamespaceResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UpdateNamespace(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/millrace.scheduler.v1.SchedulerService/UpdateNamespace',
+            millrace_dot_scheduler_dot_v1_dot_scheduler__service__pb2.UpdateNamespaceRequest.SerializeToString,
+            millrace_dot_scheduler_dot_v1_dot_scheduler__service__pb2.UpdateNamespaceResponse.FromString,
             options,
             channel_credentials,
             insecure,

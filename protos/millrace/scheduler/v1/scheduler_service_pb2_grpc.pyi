@@ -69,6 +69,14 @@ class SchedulerServiceStub:
     """Streams the engines' log lines of a deployment. Errors: NOT_FOUND, UNAVAILABLE (agent unreachable)."""
     WatchEvents: _grpc.UnaryStreamMultiCallable[_scheduler_service_pb2.WatchEventsRequest, _scheduler_service_pb2.WatchEventsResponse]
     """Replays the kept events and follows new ones. Errors: OUT_OF_RANGE (version too old)."""
+    ListNamespaces: _grpc.UnaryUnaryMultiCallable[_scheduler_service_pb2.ListNamespacesRequest, _scheduler_service_pb2.ListNamespacesResponse]
+    """Lists the namespaces of which something was said: quotas or aliases. Errors: INVALID_ARGUMENT (page_size,
+    page_token), OUT_OF_RANGE (the snapshot of the page token has been compacted; list again).
+    """
+    GetNamespace: _grpc.UnaryUnaryMultiCallable[_scheduler_service_pb2.GetNamespaceRequest, _scheduler_service_pb2.GetNamespaceResponse]
+    """Gets one namespace; one of which nothing was said has an empty spec. Errors: INVALID_ARGUMENT (name)."""
+    UpdateNamespace: _grpc.UnaryUnaryMultiCallable[_scheduler_service_pb2.UpdateNamespaceRequest, _scheduler_service_pb2.UpdateNamespaceResponse]
+    """Changes quota and aliases of a namespace. Errors: ABORTED (etag), INVALID_ARGUMENT (a field, with its path)."""
     ListNodes: _grpc.UnaryUnaryMultiCallable[_scheduler_service_pb2.ListNodesRequest, _scheduler_service_pb2.ListNodesResponse]
     """Lists nodes. Errors: INVALID_ARGUMENT (page_size, page_token)."""
     GetNode: _grpc.UnaryUnaryMultiCallable[_scheduler_service_pb2.GetNodeRequest, _scheduler_service_pb2.GetNodeResponse]
@@ -126,6 +134,14 @@ class SchedulerServiceAsyncStub(SchedulerServiceStub):
     """Streams the engines' log lines of a deployment. Errors: NOT_FOUND, UNAVAILABLE (agent unreachable)."""
     WatchEvents: _aio.UnaryStreamMultiCallable[_scheduler_service_pb2.WatchEventsRequest, _scheduler_service_pb2.WatchEventsResponse]  # type: ignore[assignment]
     """Replays the kept events and follows new ones. Errors: OUT_OF_RANGE (version too old)."""
+    ListNamespaces: _aio.UnaryUnaryMultiCallable[_scheduler_service_pb2.ListNamespacesRequest, _scheduler_service_pb2.ListNamespacesResponse]  # type: ignore[assignment]
+    """Lists the namespaces of which something was said: quotas or aliases. Errors: INVALID_ARGUMENT (page_size,
+    page_token), OUT_OF_RANGE (the snapshot of the page token has been compacted; list again).
+    """
+    GetNamespace: _aio.UnaryUnaryMultiCallable[_scheduler_service_pb2.GetNamespaceRequest, _scheduler_service_pb2.GetNamespaceResponse]  # type: ignore[assignment]
+    """Gets one namespace; one of which nothing was said has an empty spec. Errors: INVALID_ARGUMENT (name)."""
+    UpdateNamespace: _aio.UnaryUnaryMultiCallable[_scheduler_service_pb2.UpdateNamespaceRequest, _scheduler_service_pb2.UpdateNamespaceResponse]  # type: ignore[assignment]
+    """Changes quota and aliases of a namespace. Errors: ABORTED (etag), INVALID_ARGUMENT (a field, with its path)."""
     ListNodes: _aio.UnaryUnaryMultiCallable[_scheduler_service_pb2.ListNodesRequest, _scheduler_service_pb2.ListNodesResponse]  # type: ignore[assignment]
     """Lists nodes. Errors: INVALID_ARGUMENT (page_size, page_token)."""
     GetNode: _aio.UnaryUnaryMultiCallable[_scheduler_service_pb2.GetNodeRequest, _scheduler_service_pb2.GetNodeResponse]  # type: ignore[assignment]
@@ -246,6 +262,32 @@ class SchedulerServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_scheduler_service_pb2.WatchEventsResponse], _abc.AsyncIterator[_scheduler_service_pb2.WatchEventsResponse]]:
         """Replays the kept events and follows new ones. Errors: OUT_OF_RANGE (version too old)."""
+
+    @_abc_1.abstractmethod
+    def ListNamespaces(
+        self,
+        request: _scheduler_service_pb2.ListNamespacesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_scheduler_service_pb2.ListNamespacesResponse, _abc.Awaitable[_scheduler_service_pb2.ListNamespacesResponse]]:
+        """Lists the namespaces of which something was said: quotas or aliases. Errors: INVALID_ARGUMENT (page_size,
+        page_token), OUT_OF_RANGE (the snapshot of the page token has been compacted; list again).
+        """
+
+    @_abc_1.abstractmethod
+    def GetNamespace(
+        self,
+        request: _scheduler_service_pb2.GetNamespaceRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_scheduler_service_pb2.GetNamespaceResponse, _abc.Awaitable[_scheduler_service_pb2.GetNamespaceResponse]]:
+        """Gets one namespace; one of which nothing was said has an empty spec. Errors: INVALID_ARGUMENT (name)."""
+
+    @_abc_1.abstractmethod
+    def UpdateNamespace(
+        self,
+        request: _scheduler_service_pb2.UpdateNamespaceRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_scheduler_service_pb2.UpdateNamespaceResponse, _abc.Awaitable[_scheduler_service_pb2.UpdateNamespaceResponse]]:
+        """Changes quota and aliases of a namespace. Errors: ABORTED (etag), INVALID_ARGUMENT (a field, with its path)."""
 
     @_abc_1.abstractmethod
     def ListNodes(
