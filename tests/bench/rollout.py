@@ -71,7 +71,13 @@ async def update(
             fewest, most = min(fewest, states.count("ready")), max(most, len(states))
             return found == reason and len(states) == 2
 
-        await eventually(settled, timeout_seconds=timeout_seconds, interval_seconds=0.1)
+        try:
+            await eventually(settled, timeout_seconds=timeout_seconds, interval_seconds=0.1)
+        except (AssertionError, asyncio.CancelledError):
+            # On a busy machine engines may start too slowly: what was seen until then is worth telling.
+            so_far = f"{len(load.outcomes)} requests, {len(load.failures)} failed, fewest serving {fewest}"
+            print(f"not settled after {time.monotonic() - began:.0f} s: {so_far}", flush=True)
+            raise
         took_seconds = time.monotonic() - began
         after = time.monotonic()
         await eventually(lambda: load.succeeded_since(after) > 20, timeout_seconds=60)
