@@ -19,7 +19,7 @@ from aiohttp.web_protocol import RequestHandler
 
 from router.wire.downstream import WireDownstream
 from router.wire.headers import RequestHeaders
-from router.wire.request_head import RequestHead, may_become_hot, parse_request_head
+from router.wire.request_head import HeadReader, RequestHead, may_become_hot
 from router.wire.task import EagerTask, Signal
 
 _log = structlog.get_logger(__name__)
@@ -91,20 +91,17 @@ class WireProtocol(RequestHandler):
     """One client connection."""
 
     __slots__ = (
-        "_downstream", "_early", "_head", "_linger", "_ordinary", "_over", "_raw", "_request",
-        "_routes", "_serve", "_task",
+        "_downstream", "_early", "_linger", "_ordinary", "_over", "_reader", "_request", "_serve", "_task",
     )  # fmt: skip
 
     def __init__(
         self, server: web.Server, *, routes: Mapping[bytes, str], serve: Serve, **options: Any
     ) -> None:
         super().__init__(server, **options)
-        self._routes = routes
+        self._reader = HeadReader(routes)
         self._serve = serve
         self._ordinary = False
         self._early = b""
-        self._raw = b""
-        self._head: RequestHead | None = None
         self._request: WireRequest | None = None
         self._downstream: WireDownstream | None = None
         self._task: EagerTask | None = None
@@ -136,14 +133,11 @@ class WireProtocol(RequestHandler):
             else:
                 self._hand_over(data)
             return
-        raw = data[:end]
-        # The requests of a client mostly have the same head.
-        head = self._head if raw == self._raw else parse_request_head(raw, self._routes)
+        head = self._reader.read(data[:end])
         transport = self.transport
         if head is None or transport is None:
             self._hand_over(data)
             return
-        self._head, self._raw = head, raw
         request = self._request = WireRequest(head)
         self._early = b""
         self._feed(request, data[end:])

@@ -2,7 +2,7 @@
 
 import pytest
 
-from router.wire.request_head import RequestHead, may_become_hot, parse_request_head
+from router.wire.request_head import HeadReader, RequestHead, may_become_hot, parse_request_head
 
 ROUTES = {b"/v1/chat/completions": "/v1/chat/completions"}
 LINE = b"POST /v1/chat/completions HTTP/1.1"
@@ -88,6 +88,33 @@ def test_ids_that_cannot_be_used_are_none() -> None:
 )
 def test_everything_else_is_left_to_aiohttp(raw: bytes) -> None:
     assert _parse(raw) is None
+
+
+def test_a_connection_that_repeats_its_head_is_read_anew_where_anything_but_the_length_differs() -> None:
+    reader = HeadReader(ROUTES)
+    plain = _raw(b"X-Kept: 1")
+    first = reader.read(plain)
+    assert first is not None
+    for length in (b"0", b"7", b"700000"):
+        changed = plain.replace(b"Content-Length: 5", b"Content-Length: " + length)
+        again = reader.read(changed)
+        assert again is not None
+        assert (again.length, again.headers) == (int(length), first.headers)
+    for wrong in (
+        plain.replace(b"Content-Length: 5", b"Content-Length: 05"),
+        plain.replace(b"Content-Length: 5", b"Content-Length: 5, 5"),
+        plain.replace(b"X-Kept: 1", b"Content-Length: 5"),
+        plain.replace(b"Content-Length: 5", b"X-Other: 5"),
+        plain.replace(b"POST", b"GET"),
+        plain.replace(b"X-Kept: 1", b"Expect: 100-continue"),
+    ):
+        assert reader.read(wrong) is None
+    other = reader.read(_raw(b"X-Kept: 2"))
+    assert other is not None
+    assert other.headers.get("x-kept") == "2"
+    again = reader.read(plain)
+    assert again is not None
+    assert again.headers.get("x-kept") == "1"
 
 
 def test_every_beginning_of_a_plain_head_may_become_hot() -> None:
