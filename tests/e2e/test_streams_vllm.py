@@ -199,7 +199,10 @@ async def test_clients_that_leave_early(engines: list[Engine]) -> None:
         clients = (2, 4, 9, 17)
         await asyncio.gather(*map(leave, clients))
         await eventually(lambda: len(it.usages) == len(clients), timeout_seconds=30)
-        assert {each.outcome for each in it.usages} == {UsageOutcome.CLIENT_GONE}
+        # On a busy machine an engine may be done before its client gets to leave.
+        outcomes = {each.outcome for each in it.usages}
+        assert UsageOutcome.CLIENT_GONE in outcomes
+        assert outcomes <= {UsageOutcome.CLIENT_GONE, UsageOutcome.COMPLETE}
         assert all(each.counts.exact for each in it.usages)
 
         async def idle() -> bool:
@@ -240,8 +243,13 @@ async def test_responses_messages_and_tokens(engines: list[Engine]) -> None:
             model=DEPLOYMENT, input=question, max_output_tokens=900, background=True,
             extra_body={"ignore_eos": True},
         )  # fmt: skip
-        cancelled = await client.responses.cancel(running.id)
-        assert cancelled.status == "cancelled"
+        try:
+            cancelled = await client.responses.cancel(running.id)
+            assert cancelled.status == "cancelled"
+        except openai.BadRequestError as error:
+            # It had ended before; only the engine that made it knows that, any other answers 404.
+            if "Cannot cancel" not in error.message:
+                raise
 
         body: dict[str, Any] = {
             "model": DEPLOYMENT, "max_tokens": 8, "temperature": 0, "messages": QUESTION,
@@ -281,18 +289,24 @@ async def test_a_killed_engine_costs_no_stream(engines: list[Engine]) -> None:
         "stream": True,
         "stream_options": {"include_usage": True},
     }
-    requests = [(CHAT, asked(CHAT, **common)), (COMPLETIONS, asked(COMPLETIONS, **common, prompt=prompt))] * 8
+    requests = [
+        (CHAT, asked(CHAT, **common)),
+        (COMPLETIONS, asked(COMPLETIONS, **common, prompt=prompt)),
+    ] * 16
     undisturbed = {route: await fetch(urls[1] + route, body) for route, body in requests[:2]}
     async with cluster(urls=urls, stream_continuation=True) as it:
 
         async def read(route: str, body: dict[str, Any]) -> str:
-            """Reads a stream, and kills its engine once it is well under way, if that is the first one."""
+            """Reads a stream, and kills its engine once it is under way, if that is the first one.
+
+            At its beginning: the model's answers are short, and a busy reader is behind its engine.
+            """
             lines: list[bytes] = []
             async with it.client.post(it.url + route, json=body, headers=it.headers) as response:
                 async for line in response.content:
                     lines.append(line)
                     killed = engines[0].process.poll() is not None
-                    if len(lines) > 12 and not killed and response.headers["x-millrace-endpoint"] == "chat-0":
+                    if len(lines) > 2 and not killed and response.headers["x-millrace-endpoint"] == "chat-0":
                         engines[0].kill()
             return b"".join(lines).decode()
 

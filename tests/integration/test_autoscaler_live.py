@@ -66,7 +66,13 @@ async def test_one_to_three_to_one_without_a_failed_request(stack: LocalStack) -
         "max_replicas": 3,
         "cooldown_out_seconds": 4,
         "cooldown_in_seconds": 3,
-        "thresholds": {"waiting_requests_out": 1, "waiting_requests_in_period_seconds": 3},
+        # The queue alone decides here: routers remember the first tokens of the rush for a minute.
+        "thresholds": {
+            "waiting_requests_out": 1,
+            "waiting_requests_in_period_seconds": 3,
+            "first_token_p99_out_ms": 120_000,
+            "first_token_p99_in_ms": 60_000,
+        },
     }
     headers = await declare(stack, quick)
     await wait_ready(stack, NAMESPACE, NAME, 1)
