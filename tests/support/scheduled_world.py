@@ -31,6 +31,7 @@ from controlplane.scheduler import (
     effective,
     plan,
 )
+from controlplane.scheduler.preempt import preemptors
 from core.states import DeviceKind, Engine, NodeState, ReplicaState, TaintEffect
 
 GIB = 1 << 30
@@ -72,8 +73,9 @@ class World:
         return made
 
     def apply(self, made: Plan, lost: Iterable[str] = ()) -> None:
-        """Carries a plan out, but for the transactions of some deployments."""
+        """Carries a plan out, but for the transactions of some deployments and those that rest on them."""
         lost = set(lost)
+        lost |= {key for key, others in preemptors(made.drain).items() if others & lost}
         before = dict(self.deployments)
         for remove in made.remove:
             if remove.deployment not in lost:
