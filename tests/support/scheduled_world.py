@@ -6,6 +6,7 @@ and by one that looks at everything. Both must say the same.
 """
 
 import itertools
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
@@ -44,6 +45,10 @@ ENGINES = (
 )
 
 
+TALLY: Counter[str] = Counter()
+"""How many clusters, steps of time, plans and pre-empting plans this process has tried."""
+
+
 @dataclass
 class World:
     """A cluster whose agents obey; time moves by `step`."""
@@ -67,6 +72,8 @@ class World:
         first = next(self.ids) * 1000
         made = self.planner.plan(self.now, _numbered(first))
         full = plan(self.snapshot(), self.now, _numbered(first), POLICY)
+        TALLY["plans"] += 1
+        TALLY["plans that pre-empt"] += any(each.preempted_by for each in made.drain)
         assert _without_names(made) == _without_names(full)
         assert self.planner.conclusions == {each.deployment: each for each in full.conclusions}
         assert (made.retry_after, made.frozen) == (full.retry_after, full.frozen)
@@ -127,6 +134,7 @@ class World:
 
     def step(self, seconds: float = 1.0) -> None:
         """Every agent that can be heard advances each of its replicas by one state."""
+        TALLY["steps"] += 1
         self.now += timedelta(seconds=seconds)
         for key, replica in self.replicas.items():
             if self.nodes[replica.node].state is NodeState.READY:
@@ -155,6 +163,7 @@ class World:
         """Plans, checks, carries out, checks."""
         made = self.plan()
         self.check(made)
+        TALLY["rounds with lost transactions"] += bool(lost)
         self.apply(made, lost)
         self.check_state()
         return made
@@ -338,6 +347,7 @@ def pins(draw: st.DrawFn, world: World, need: Need) -> tuple[Pin, ...]:
 @st.composite
 def worlds(draw: st.DrawFn, priorities: tuple[int, ...] = (2, 5, 8)) -> World:
     world = World()
+    TALLY["clusters"] += 1
     for index in range(draw(st.integers(1, 5))):
         name = f"node-{index}"
         world.nodes[name] = draw(node_views(name))
