@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from controlplane.scheduler.books import Books
 from controlplane.scheduler.filters import (
     FILTERS,
+    DevicePresent,
     EngineAvailable,
     Filter,
     LabelsMatch,
@@ -260,10 +261,19 @@ def _suggestion(need: Need, known: int, room: Room, refused: Mapping[str, list[N
             f"scale another deployment on node {holding[0].name} down, shorten max_model_len, or add a node"
         )
     if short:
-        return (
-            f"shorten max_model_len or add a node with {format_bytes(need.device_memory_bytes)} free a device"
-        )
-    return f"add a node with {need_text(need)}" if need.device_count else "bring a node back"
+        return f"shorten max_model_len or {_adding(need, refused)}"
+    return _adding(need, refused) if need.device_count else "bring a node back"
+
+
+def _adding(need: Need, refused: Mapping[str, list[NodeView]]) -> str:
+    """What a node has to have for one replica, and why those with some of it do not help together."""
+    each = format_bytes(need.device_memory_bytes)
+    kinds = kinds_text(need.device_kinds)
+    if need.device_count == 1:
+        return f"add a node with {each} free on {kinds}"
+    some = [node for node in refused.get(DevicePresent.name, ()) if DevicePresent().most(need, node)]
+    alone = ", since one replica takes the devices of one node" if len(some) > 1 else ""
+    return f"add a node with {each} free on each of {need.device_count} x {kinds}{alone}"
 
 
 def _opening(need: Need, room: Room, refused: Mapping[str, list[NodeView]]) -> str:
