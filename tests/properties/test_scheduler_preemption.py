@@ -11,6 +11,7 @@ from controlplane.scheduler import (
     DeviceView,
     Need,
     NodeView,
+    Pin,
     Plan,
     Policy,
     ReplicaView,
@@ -165,3 +166,14 @@ def test_who_was_pre_empted_takes_from_nobody_even_if_its_own_record_was_refused
     assert {each.preempted_by for each in world.replicas.values()} == {"", "team/urgent"}
     world.settle()
     assert sorted(each.deployment for each in world.replicas.values()) == ["team/third", "team/urgent"]
+
+
+def test_nobody_makes_room_on_devices_that_were_chosen_for_another_size() -> None:
+    """Found by the property of changed specs: the room was made again and again, and never taken."""
+    need = Need(Engine.VLLM, (DeviceKind.NVIDIA,), 1, 80 * GIB)
+    world = World(nodes={"node-0": one_device("node-0", "north")})
+    two = (Pin("node-0", ("cpu", "gpu-0")),)
+    world.deployments["team/least"] = DeploymentView("team/least", "l", 1, 1, 1, need, priority=1)
+    world.deployments["team/pinned"] = DeploymentView("team/pinned", "p", 1, 1, 1, need, priority=9, pins=two)
+    world.settle()
+    assert [each.deployment for each in world.replicas.values()] == ["team/least"]
