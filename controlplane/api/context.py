@@ -9,6 +9,7 @@ from controlplane.api.sizer import Sizer
 from controlplane.api.thinking import Thinking
 from controlplane.api.view import ClusterView
 from controlplane.events import EventSink
+from controlplane.knowledge.environments import Environments
 from controlplane.scheduler import Policy
 from core.clock import Clock
 from core.rpc import TlsFiles
@@ -59,6 +60,7 @@ class ApiContext:
         agent_tls: Files for calls to agents.
         policy: Bounds that the leader plans with.
         thinking: Where long thoughts go.
+        environments: What engines need on which hardware.
     """
 
     store: Store
@@ -72,6 +74,7 @@ class ApiContext:
     agent_tls: TlsFiles = field(default_factory=TlsFiles)
     policy: Policy = field(default_factory=Policy)
     thinking: Thinking = field(default_factory=Thinking)
+    environments: Environments = field(default_factory=Environments)
 
 
 async def commit_unguarded(store: Store, operations: Sequence[Put | Delete]) -> None:

@@ -15,7 +15,7 @@ from millrace.state.v1 import records_pb2
 from controlplane.api import validation
 from controlplane.api.context import ApiContext
 from controlplane.api.deployments import needs_new_engines
-from controlplane.api.explain import view_of
+from controlplane.api.explain import environment_text, view_of
 from controlplane.api.fitting import size_all
 from controlplane.reconciler.snapshot import build_snapshot, convert_deployment
 from controlplane.reconciler.view import View
@@ -24,7 +24,6 @@ from controlplane.scheduler import (
     Conclusion,
     DeploymentView,
     Plan,
-    Policy,
     Reservation,
     Snapshot,
     plan,
@@ -58,7 +57,7 @@ async def plan_deployments(
     names = [model.name for model in request.models]
     records, now = view_of(context.view), context.clock.now()
     imagined = list(zip(names, specs, sizings, strict=True))
-    return await context.thinking.think(lambda: _planned(records, imagined, namespace, now, context.policy))
+    return await context.thinking.think(lambda: _planned(records, imagined, namespace, now, context))
 
 
 def _planned(
@@ -66,9 +65,9 @@ def _planned(
     imagined: Sequence[tuple[str, deployment_pb2.DeploymentSpec, sizing_pb2.Sizing]],
     namespace: str,
     now: datetime,
-    policy: Policy,
+    context: ApiContext,
 ) -> messages.PlanDeploymentsResponse:
-    """Plans with the imagined deployments among the records."""
+    """Plans with the imagined deployments among the records; of the context only what never changes."""
     before = build_snapshot(records)
     deployments = dict(before.deployments)
     for name, spec, sizing in imagined:
@@ -76,13 +75,17 @@ def _planned(
         known = records.deployments.get(keys.spec_deployment(namespace, name))
         deployments[key] = _imagined(key, spec, sizing, known, before.deployments.get(key))
     after = Snapshot(deployments, before.nodes, before.replicas, before.quotas)
-    made = plan(after, now, _unnamed, policy)
-    return messages.PlanDeploymentsResponse(
-        deployments=[
-            _answer(name, f"{namespace}/{name}" in before.deployments, sizing, made, after, namespace, now)
-            for name, _, sizing in imagined
-        ]
-    )
+    made = plan(after, now, _unnamed, context.policy)
+    answers: list[messages.PlannedDeployment] = []
+    for name, spec, sizing in imagined:
+        exists = f"{namespace}/{name}" in before.deployments
+        answer = _answer(name, exists, sizing, made, after, namespace, now)
+        for replica in answer.replicas:
+            machine = records.nodes.get(keys.ACTUAL_NODES + replica.node)
+            devices = {each.device_id for each in replica.devices}
+            replica.message += environment_text(context.environments, spec, machine, devices)
+        answers.append(answer)
+    return messages.PlanDeploymentsResponse(deployments=answers)
 
 
 def _unnamed(deployment: str) -> str:

@@ -287,11 +287,8 @@ class _Scribe:
         device = devices[0]
         row = self.environments.find(_ENGINES[launch.engine], _KINDS[device.kind], device.product)
         if row is not None:
-            launch.image_family = row.family
-            said = {name.replace("-", "_") for name in launch.extra_args.fields}
-            launch.extra_args.update(
-                {name: value for name, value in row.arguments.items() if name.replace("-", "_") not in said}
-            )
+            launch.image_family, launch.image = row.family, row.image
+            launch.extra_args.update(row.arguments_beside(launch.extra_args.fields))
         return launch
 
     def _launched(self, place: Place) -> records_pb2.DeploymentRecord:

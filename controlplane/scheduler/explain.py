@@ -43,12 +43,14 @@ class NodeVerdict:
         failed_rule: Filter that refused it; empty when one more replica fits.
         message: Why, with numbers.
         score: Among those that fit, 0 to 1.
+        devices: Those that it would take; empty where it does not fit, or takes none.
     """
 
     node: str
     failed_rule: str
     message: str
     score: float = 0.0
+    devices: tuple[str, ...] = ()
 
     @property
     def fits(self) -> bool:
@@ -134,7 +136,9 @@ def _verdict(need: Need, node: NodeView, room: Room, preferences: Preferences) -
     refusing = refusing_filter(need, node, room)
     if refusing is not None:
         return NodeVerdict(node.name, refusing.name, refusing.explain(need, node, room))
-    return NodeVerdict(node.name, "", "one more replica fits", score_of(need, node, room, preferences))
+    devices = tuple(each.device_id for each in room.choose(need, node.name) or ())
+    score = score_of(need, node, room, preferences)
+    return NodeVerdict(node.name, "", "one more replica fits", score, devices)
 
 
 def explain_quota(namespace: str, refusal: str, need: Need) -> Explanation:
