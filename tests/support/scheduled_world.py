@@ -174,6 +174,8 @@ class World:
             made = self.round()
             again = self.plan()
             assert again.empty, f"not stable: {again}"
+            # Nobody wrote down what it concluded.
+            self.planner.look_again(each.deployment for each in again.conclusions)
             before = dict(self.replicas)
             self.step()
             if made.empty and before == self.replicas:
