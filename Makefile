@@ -74,7 +74,7 @@ test-e2e: $(STAMP) ## End to end on real vLLM
 # Generated clusters and histories; `make test` takes a few dozen of them.
 EXAMPLES ?= 10000
 test-scheduler: $(STAMP) ## The scheduler's promises against 10,000 generated clusters (EXAMPLES=N)
-	@MILLRACE_SCHEDULER_EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest tests/properties/test_scheduler_safety.py tests/properties/test_scheduler_preemption.py -n 2
+	@MILLRACE_SCHEDULER_EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest tests/properties/test_scheduler_safety.py tests/properties/test_scheduler_preemption.py -n 2 --timeout=0
 
 bench: $(STAMP) ## Measure: declaration to ready, fail-over, rolling updates
 	@$(BIN)/python -m tests.bench

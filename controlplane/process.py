@@ -166,6 +166,7 @@ class ControlPlane:
             addresses=addresses,
             fleet_token=read_token(self._settings.fleet_token_file),
             agent_tls=self._settings.tls(),
+            environments=load_environments(self._settings.environments_file),
             policy=replace(Policy(), drain=timedelta(seconds=self._settings.drain_seconds)),
         )
 

@@ -6,8 +6,10 @@ from urllib.parse import urlsplit, urlunsplit
 
 from controlplane.api.idempotency import RequestMemory
 from controlplane.api.sizer import Sizer
+from controlplane.api.thinking import Thinking
 from controlplane.api.view import ClusterView
 from controlplane.events import EventSink
+from controlplane.knowledge.environments import Environments
 from controlplane.scheduler import Policy
 from core.clock import Clock
 from core.rpc import TlsFiles
@@ -57,6 +59,8 @@ class ApiContext:
         fleet_token: Credential for calls to agents.
         agent_tls: Files for calls to agents.
         policy: Bounds that the leader plans with.
+        thinking: Where long thoughts go.
+        environments: What engines need on which hardware.
     """
 
     store: Store
@@ -69,6 +73,8 @@ class ApiContext:
     fleet_token: str = field(repr=False)
     agent_tls: TlsFiles = field(default_factory=TlsFiles)
     policy: Policy = field(default_factory=Policy)
+    thinking: Thinking = field(default_factory=Thinking)
+    environments: Environments = field(default_factory=Environments)
 
 
 async def commit_unguarded(store: Store, operations: Sequence[Put | Delete]) -> None:

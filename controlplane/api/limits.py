@@ -133,3 +133,6 @@ LATENCY_MS_MAX = 3_600_000
 
 WAITING_REQUESTS_MAX = 100_000
 """Far above what an engine queues."""
+
+THOUGHTS_MAX = 16
+"""Dry runs and explanations under way: with the largest clusters each takes up to half a second."""

@@ -15,10 +15,19 @@ from millrace.state.v1 import records_pb2
 from controlplane.api import validation
 from controlplane.api.context import ApiContext
 from controlplane.api.deployments import needs_new_engines
-from controlplane.api.explain import view_of
+from controlplane.api.explain import environment_text, view_of
 from controlplane.api.fitting import size_all
 from controlplane.reconciler.snapshot import build_snapshot, convert_deployment
-from controlplane.scheduler import Claim, Conclusion, DeploymentView, Plan, Reservation, Snapshot, plan
+from controlplane.reconciler.view import View
+from controlplane.scheduler import (
+    Claim,
+    Conclusion,
+    DeploymentView,
+    Plan,
+    Reservation,
+    Snapshot,
+    plan,
+)
 from core.store import keys
 
 # A namespace that nobody has: what is planned without one meets no quota and no deployment.
@@ -33,6 +42,7 @@ async def plan_deployments(
     Raises:
         InvalidArgument: With every wrong field.
         FailedPrecondition: No known node, or the quota, could ever hold a model.
+        ResourceExhausted: Too many dry runs are being worked out.
     """
     declaration = messages.DeclareDeploymentsRequest(models=request.models, namespace=request.namespace)
     specs = validation.check_declaration(declaration)
@@ -44,23 +54,38 @@ async def plan_deployments(
             # As `apply` does: what is not said stays as it is.
             spec.replicas = existing.spec.replicas
     sizings = await size_all(context, specs, namespace)
-    # From here on nothing waits: the records are those of one moment.
     names = [model.name for model in request.models]
-    before = build_snapshot(view_of(context.view))
-    now = context.clock.now()
+    records, now = view_of(context.view), context.clock.now()
+    imagined = list(zip(names, specs, sizings, strict=True))
+    return await context.thinking.think(lambda: _planned(records, imagined, namespace, now, context))
+
+
+def _planned(
+    records: View,
+    imagined: Sequence[tuple[str, deployment_pb2.DeploymentSpec, sizing_pb2.Sizing]],
+    namespace: str,
+    now: datetime,
+    context: ApiContext,
+) -> messages.PlanDeploymentsResponse:
+    """Plans with the imagined deployments among the records; of the context only what never changes."""
+    before = build_snapshot(records)
     deployments = dict(before.deployments)
-    for name, spec, sizing in zip(names, specs, sizings, strict=True):
+    for name, spec, sizing in imagined:
         key = f"{namespace}/{name}"
-        known = context.view.deployments.get(keys.spec_deployment(namespace, name))
+        known = records.deployments.get(keys.spec_deployment(namespace, name))
         deployments[key] = _imagined(key, spec, sizing, known, before.deployments.get(key))
     after = Snapshot(deployments, before.nodes, before.replicas, before.quotas)
     made = plan(after, now, _unnamed, context.policy)
-    return messages.PlanDeploymentsResponse(
-        deployments=[
-            _answer(name, f"{namespace}/{name}" in before.deployments, sizing, made, after, namespace, now)
-            for name, sizing in zip(names, sizings, strict=True)
-        ]
-    )
+    answers: list[messages.PlannedDeployment] = []
+    for name, spec, sizing in imagined:
+        exists = f"{namespace}/{name}" in before.deployments
+        answer = _answer(name, exists, sizing, made, after, namespace, now)
+        for replica in answer.replicas:
+            machine = records.nodes.get(keys.ACTUAL_NODES + replica.node)
+            devices = {each.device_id for each in replica.devices}
+            replica.message += environment_text(context.environments, spec, machine, devices)
+        answers.append(answer)
+    return messages.PlanDeploymentsResponse(deployments=answers)
 
 
 def _unnamed(deployment: str) -> str:

@@ -97,7 +97,7 @@ class SchedulerServicer(scheduler_service_pb2_grpc.SchedulerServiceServicer):
         self, request: messages.ExplainDeploymentRequest, context: Any
     ) -> messages.ExplainDeploymentResponse:
         """Explains where replicas are, or why they are nowhere."""
-        return explain(self._context, request)
+        return await explain(self._context, request)
 
     async def StreamDeploymentLogs(
         self, request: messages.StreamDeploymentLogsRequest, context: Any

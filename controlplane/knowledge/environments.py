@@ -1,11 +1,12 @@
 """Which environment or image an engine needs on which hardware, and the arguments that the hardware asks for.
 
 In come the rows of `environments.json`, and of an operator's own file before them; out comes the first row
-that suits an engine and a device. A row names a family (CUDA 12.4, CANN 8), not a build: which build of a
-family a node has is the agent's knowledge. Decides nothing about where a replica goes.
+that suits an engine and a device. A row names a family (CUDA 12.4, CANN 8), and perhaps the container image
+of it: which build of a family a node has is the agent's knowledge. Decides nothing about where a replica
+goes.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -32,8 +33,21 @@ class Row(BaseModel):
     compute_capability_from: float | None = None
     compute_capability_below: float | None = None
     family: Annotated[str, Field(min_length=1, max_length=64)]
+    image: Annotated[str, Field(max_length=512, pattern=r"^(\S+[:@]\S+)?$")] = ""
     arguments: Mapping[str, str | int | float | bool] = Field(default_factory=dict)
     source: str = ""
+
+    def arguments_beside(self, said: Iterable[str]) -> dict[str, str | int | float | bool]:
+        """The arguments that the hardware asks for, but for those that the user gives, which win."""
+        given = {name.replace("-", "_") for name in said}
+        return {name: value for name, value in self.arguments.items() if name.replace("-", "_") not in given}
+
+    def words(self, said: Iterable[str]) -> str:
+        """What an engine is started from, for a person; `said` as for `arguments_beside`."""
+        beside = self.arguments_beside(said)
+        arguments = ", ".join(f"{name}={value}" for name, value in sorted(beside.items()))
+        image = f" (image {self.image})" if self.image else ""
+        return f"environment {self.family}{image}" + (f" with {arguments}" if arguments else "")
 
     def suits(self, engine: Engine, kind: DeviceKind, product: str, capability: float | None) -> bool:
         """True when the row is for this engine on this device."""

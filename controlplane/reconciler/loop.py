@@ -276,6 +276,11 @@ class Reconciler:
         for transaction in transactions:
             if self._leadership.lost.is_set():
                 return False
+            if transaction.rests_on & refused:
+                # It replaces replicas that, as the records now say, are to stay.
+                settled = False
+                refused.add(transaction.deployment)
+                continue
             outcome = await self._store.commit(
                 transaction.operations,
                 compares=[*transaction.compares, self._leadership.compare()],

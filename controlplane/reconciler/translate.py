@@ -21,6 +21,7 @@ from controlplane.reconciler.rollouts import keep_autoscale, launched_record, re
 from controlplane.reconciler.view import Grouped, View
 from controlplane.scheduler import Conclusion, Condition, Drain, Place, Plan, Remove, Truth
 from controlplane.scheduler.conclude import UNPLACED
+from controlplane.scheduler.preempt import preemptors
 from controlplane.status import AVAILABLE, PROGRESSING, SCHEDULED
 from core.clock import to_timestamp
 from core.states import DeviceKind, Engine
@@ -62,6 +63,7 @@ class Transaction:
         notices: What to tell afterwards.
         preempted_by: Deployment for which a replica makes room; empty for none.
         concludes: True when it writes the deployment's conclusion.
+        rests_on: Deployments whose transactions come before and must all have been committed.
     """
 
     deployment: str
@@ -70,6 +72,7 @@ class Transaction:
     notices: list[Notice] = field(default_factory=list)
     preempted_by: str = ""
     concludes: bool = False
+    rests_on: frozenset[str] = frozenset()
 
     def write(self, key: str, value: Message, revision: int) -> None:
         """Adds a guarded put."""
@@ -107,6 +110,9 @@ def translate(
     environments: Environments | None = None,
 ) -> list[Transaction]:
     """Turns a plan into transactions; deployments about which nothing changes get none.
+
+    They are to be committed in their order: replicas that replace pre-empted ones rest on the orders that
+    end those, which are the pre-empting deployment's to commit.
 
     Args:
         plan: What to do.
@@ -152,24 +158,28 @@ def translate(
             else:
                 units.setdefault(name, []).append(unit)
     transactions: list[Transaction] = []
+    waits_for = preemptors(plan.drain)
     for name, own in units.items():
         for unit in own if name in evictions else ():
             if unit.concludes:
                 # Who makes room and for whom it is kept are written together, or not at all.
                 for eviction in evictions[name]:
                     unit.absorb(eviction)
-        transactions += _packed(name, own, guards[name])
-    return transactions
+        transactions += _packed(name, own, guards[name], waits_for.get(name, frozenset()))
+    # Nobody who is pre-empted pre-empts in the same plan, so that two steps are enough.
+    return sorted(transactions, key=lambda each: bool(each.rests_on))
 
 
-def _packed(name: str, units: Iterable[Transaction], guard: Compare) -> list[Transaction]:
+def _packed(
+    name: str, units: Iterable[Transaction], guard: Compare, rests_on: frozenset[str]
+) -> list[Transaction]:
     """Fills transactions with whole units, each guarded by the deployment's spec."""
     packed: list[Transaction] = []
     for unit in units:
         if not unit.operations:
             continue
         if not packed or len(packed[-1].operations) + len(unit.operations) > OPERATIONS_MAX:
-            packed.append(Transaction(name, compares=[guard]))
+            packed.append(Transaction(name, compares=[guard], rests_on=rests_on))
         packed[-1].absorb(unit)
     return packed
 
@@ -277,11 +287,8 @@ class _Scribe:
         device = devices[0]
         row = self.environments.find(_ENGINES[launch.engine], _KINDS[device.kind], device.product)
         if row is not None:
-            launch.image_family = row.family
-            said = {name.replace("-", "_") for name in launch.extra_args.fields}
-            launch.extra_args.update(
-                {name: value for name, value in row.arguments.items() if name.replace("-", "_") not in said}
-            )
+            launch.image_family, launch.image = row.family, row.image
+            launch.extra_args.update(row.arguments_beside(launch.extra_args.fields))
         return launch
 
     def _launched(self, place: Place) -> records_pb2.DeploymentRecord:

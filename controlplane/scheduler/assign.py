@@ -216,7 +216,9 @@ class Assigner:
     def _preempt(self, slot: Pin | None) -> bool:
         """Has less important replicas make room for one more; False where that is not to be."""
         draft, result = self._draft, self._result
-        if not self._may_preempt():
+        misfit = slot is not None and len(slot.device_ids) != self._need.device_count
+        if misfit or not self._may_preempt():
+            # Devices chosen by hand for another size would not be taken once they are free.
             return False
         index = draft.index(self._need)
         nodes = index.accepting() if slot is None else [slot.node] if index.accepts(slot.node) else []

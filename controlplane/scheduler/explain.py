@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from controlplane.scheduler.books import Books
 from controlplane.scheduler.filters import (
     FILTERS,
+    DevicePresent,
     EngineAvailable,
     Filter,
     LabelsMatch,
@@ -42,12 +43,14 @@ class NodeVerdict:
         failed_rule: Filter that refused it; empty when one more replica fits.
         message: Why, with numbers.
         score: Among those that fit, 0 to 1.
+        devices: Those that it would take; empty where it does not fit, or takes none.
     """
 
     node: str
     failed_rule: str
     message: str
     score: float = 0.0
+    devices: tuple[str, ...] = ()
 
     @property
     def fits(self) -> bool:
@@ -133,7 +136,9 @@ def _verdict(need: Need, node: NodeView, room: Room, preferences: Preferences) -
     refusing = refusing_filter(need, node, room)
     if refusing is not None:
         return NodeVerdict(node.name, refusing.name, refusing.explain(need, node, room))
-    return NodeVerdict(node.name, "", "one more replica fits", score_of(need, node, room, preferences))
+    devices = tuple(each.device_id for each in room.choose(need, node.name) or ())
+    score = score_of(need, node, room, preferences)
+    return NodeVerdict(node.name, "", "one more replica fits", score, devices)
 
 
 def explain_quota(namespace: str, refusal: str, need: Need) -> Explanation:
@@ -260,10 +265,19 @@ def _suggestion(need: Need, known: int, room: Room, refused: Mapping[str, list[N
             f"scale another deployment on node {holding[0].name} down, shorten max_model_len, or add a node"
         )
     if short:
-        return (
-            f"shorten max_model_len or add a node with {format_bytes(need.device_memory_bytes)} free a device"
-        )
-    return f"add a node with {need_text(need)}" if need.device_count else "bring a node back"
+        return f"shorten max_model_len or {_adding(need, refused)}"
+    return _adding(need, refused) if need.device_count else "bring a node back"
+
+
+def _adding(need: Need, refused: Mapping[str, list[NodeView]]) -> str:
+    """What a node has to have for one replica, and why those with some of it do not help together."""
+    each = format_bytes(need.device_memory_bytes)
+    kinds = kinds_text(need.device_kinds)
+    if need.device_count == 1:
+        return f"add a node with {each} free on {kinds}"
+    some = [node for node in refused.get(DevicePresent.name, ()) if DevicePresent().most(need, node)]
+    alone = ", since one replica takes the devices of one node" if len(some) > 1 else ""
+    return f"add a node with {each} free on each of {need.device_count} x {kinds}{alone}"
 
 
 def _opening(need: Need, room: Room, refused: Mapping[str, list[NodeView]]) -> str:

@@ -157,18 +157,21 @@ class DevicePresent:
 
     def check(self, need: Need, node: NodeView, room: Room) -> bool:  # noqa: ARG002 - one signature for all filters
         """True when it has."""
-        return need.device_count == 0 or self._most(need, node) >= need.device_count
+        return need.device_count == 0 or self.most(need, node) >= need.device_count
 
     def explain(self, need: Need, node: NodeView, room: Room) -> str:  # noqa: ARG002 - as check
         """Counts the devices."""
-        most, kinds = self._most(need, node), kinds_text(need.device_kinds)
-        return f"{need.device_count} equal devices of kind {kinds} are needed, the node has {most}"
+        most, kinds = self.most(need, node), kinds_text(need.device_kinds)
+        return (
+            f"{need.device_count} equal devices of kind {kinds} on one node are needed, this one has {most}"
+        )
 
     def summarise(self, need: Need, nodes: Sequence[NodeView], room: Room) -> str:  # noqa: ARG002 - as check
         """Names the kind."""
         return f"with fewer than {need.device_count} {kinds_text(need.device_kinds)}"
 
-    def _most(self, need: Need, node: NodeView) -> int:
+    def most(self, need: Need, node: NodeView) -> int:
+        """The most equal devices of a usable kind that the node has."""
         groups: dict[tuple[DeviceKind, int], int] = {}
         kinds = usable_kinds(need, node)
         for device in node.devices:

@@ -30,7 +30,14 @@ from controlplane.scheduler.reconcile import (
 )
 from controlplane.scheduler.rolling import Intent, intend
 from controlplane.scheduler.rollout import settle
-from controlplane.scheduler.structs import Conclusion, DeploymentView, Plan, Policy, Snapshot
+from controlplane.scheduler.structs import (
+    Conclusion,
+    DeploymentView,
+    Plan,
+    Policy,
+    Preemption,
+    Snapshot,
+)
 from core.states import NodeState
 
 _REMOVED = {
@@ -266,6 +273,7 @@ def _intent(draft: Draft, key: str) -> Intent:
 
 def _plan_deployment(draft: Draft, deployment: DeploymentView, intent: Intent) -> None:
     members = draft.members[deployment.key]
+    deployment = _reminded(draft, deployment, members)
     memory, settled = _remembered(draft, deployment), draft.standings[deployment.key]
     waiting = memory.failure.next_attempt if memory.failure is not None else None
     allowed = intent.allowed if waiting is None else min(intent.allowed, memory.at_once)
@@ -295,6 +303,23 @@ def _plan_deployment(draft: Draft, deployment: DeploymentView, intent: Intent) -
             ),
         )
     )
+
+
+def _reminded(draft: Draft, deployment: DeploymentView, members: Iterable[Sorted]) -> DeploymentView:
+    """The deployment with a loss that its own record may not tell of.
+
+    The order to make room is written with the record of who pre-empts. Where the loser's record met a
+    conflict, its replicas on their way out are what reminds of it.
+    """
+    if deployment.preemption is not None:
+        return deployment
+    for each in members:
+        replica = each.replica
+        by = draft.books.deployments.get(replica.preempted_by)
+        if by is not None and replica.uid == deployment.uid:
+            lost = Preemption(by.key, by.priority, replica.replica, replica.node, draft.now)
+            return replace(deployment, preemption=lost)
+    return deployment
 
 
 def _frozen_for(draft: Draft, members: Iterable[Sorted]) -> str:

@@ -16,7 +16,7 @@ from itertools import combinations
 from math import comb
 
 from controlplane.scheduler.room import Room
-from controlplane.scheduler.structs import Claim, Need, ReplicaView
+from controlplane.scheduler.structs import Claim, Drain, Need, ReplicaView
 
 SETS_MAX = 4096
 """Sets of one size that are compared on one group of devices: about 10 ms at the very worst."""
@@ -54,6 +54,19 @@ def cost_of(candidates: Iterable[Candidate]) -> Cost:
         tuple(sorted((each.priority for each in listed), reverse=True)),
         tuple(-moment for moment in sorted(each.replica.created.timestamp() for each in listed)),
     )
+
+
+def preemptors(drains: Iterable[Drain]) -> dict[str, frozenset[str]]:
+    """Who pre-empts whom: deployments by the deployment that they take replicas from.
+
+    What a plan starts for a pre-empted deployment stands for the replicas that make room. It may be
+    carried out only after the orders that end those: if these are refused, it would be more than is wanted.
+    """
+    found: dict[str, set[str]] = {}
+    for each in drains:
+        if each.preempted_by:
+            found.setdefault(each.deployment, set()).add(each.preempted_by)
+    return {key: frozenset(whom) for key, whom in found.items()}
 
 
 def cheapest_eviction(

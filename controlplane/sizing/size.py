@@ -271,7 +271,24 @@ def _suggestion(demand: Demand, devices: Sequence[DeviceOption], needed: int) ->
                     f"({format_bytes(smaller.total_bytes)} on "
                     f"{_devices_text(smaller.option.kind, smaller.tensor_parallel)})"
                 )
-    return f"add a node whose devices offer at least {format_bytes(needed)}, or choose a smaller model"
+    alone = _alone_text(demand, devices, needed)
+    return (
+        f"add a node whose devices offer at least {format_bytes(needed)}{alone}, or choose a smaller model; "
+        "`millrace size MODEL` lists the GPUs and quantizations that fit"
+    )
+
+
+def _alone_text(demand: Demand, devices: Sequence[DeviceOption], needed: int) -> str:
+    """Why several nodes do not help, where somebody could think that they do; empty otherwise."""
+    for kind in demand.engine.overhead_bytes:
+        nodes = {each.node for each in devices if each.kind is kind and each.node}
+        together = sum(usable_bytes(each, demand) * each.count for each in devices if each.kind is kind)
+        if len(nodes) > 1 and together >= needed:
+            return (
+                f" (the {len(nodes)} nodes have the memory only together, and one replica takes the devices "
+                "of one node)"
+            )
+    return ""
 
 
 def _devices_text(kind: DeviceKind, count: int) -> str:

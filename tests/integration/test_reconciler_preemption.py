@@ -1,12 +1,13 @@
 """Priorities, quotas and the leader's incremental books, through the real loop."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 
+import pytest
 import pytest_asyncio
 from millrace.core.v1 import deployment_pb2, policy_pb2, types_pb2
 from millrace.state.v1 import records_pb2
 
-from core.store import keys
+from core.store import Commit, Compare, Operation, keys
 from core.store.memory import MemoryStore
 from tests.support.clock import ManualClock
 from tests.support.reconciled_cluster import NAMESPACE, ReconciledCluster
@@ -74,6 +75,39 @@ async def test_a_less_important_replica_makes_room_and_comes_back_later(cluster:
     concluded = await cluster.concluded("patient")
     assert concluded is not None
     assert not concluded.HasField("preemption")
+
+
+async def test_a_refused_pre_emption_starts_no_replacement(
+    cluster: ReconciledCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever writes a record just before the loop has the pre-emption wait, with all that rests on it."""
+    await cluster.add_node("node-1", memory_gib=16)
+    await cluster.declare("patient", memory_gib=12, priority=2)
+    await cluster.drive(lambda: ready(cluster, "patient"))
+    (stays,) = await cluster.assignments()
+    await cluster.add_node("node-2", memory_gib=13)
+    commit, held = cluster.store.commit, list[list[str]]()
+
+    async def conflicting(operations: Sequence[Operation], *, compares: Sequence[Compare] = ()) -> Commit:
+        if keys.plan_replica(NAMESPACE, "patient", stays) in {each.key for each in operations}:
+            held.append(list(await cluster.assignments()))
+            if len(held) < 3:
+                compares = [*compares, Compare(keys.LIVE_LEADER, mod_revision=0)]
+        return await commit(operations, compares=compares)
+
+    monkeypatch.setattr(cluster.store, "commit", conflicting)
+    await cluster.declare("urgent", memory_gib=14, priority=8)
+
+    async def serve() -> bool:
+        # A refused round is tried again after a while.
+        assert isinstance(cluster.clock, ManualClock)
+        await cluster.clock.advance(0.05)
+        return await ready(cluster, "urgent") and await ready(cluster, "patient")
+
+    await cluster.drive(serve)
+    assert held[:3] == [[stays]] * 3
+    nodes = {each.deployment: each.node for each in (await cluster.assignments()).values()}
+    assert nodes == {"urgent": "node-1", "patient": "node-2"}
 
 
 async def test_a_quota_holds_back_what_would_fit(cluster: ReconciledCluster) -> None:

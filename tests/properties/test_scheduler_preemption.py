@@ -6,12 +6,22 @@ from dataclasses import replace
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from controlplane.scheduler import DeploymentView, Need, Plan, Policy, ReplicaView
+from controlplane.scheduler import (
+    DeploymentView,
+    DeviceView,
+    Need,
+    NodeView,
+    Pin,
+    Plan,
+    Policy,
+    ReplicaView,
+)
 from controlplane.scheduler.books import Books
 from controlplane.scheduler.filters import allows
 from controlplane.scheduler.preempt import Candidate, Cost, cost_of
+from core.states import DeviceKind, Engine, NodeState
 from tests.properties.test_scheduler_safety import EXAMPLES, PARTS
-from tests.support.scheduled_world import World, needs, worlds
+from tests.support.scheduled_world import ENGINES, GIB, World, needs, worlds
 
 QUICK = settings(
     max_examples=-(-EXAMPLES // PARTS),
@@ -111,3 +121,59 @@ def test_pre_emption_ends_and_never_comes_back(
                 asked.add(drain.replica)
         world.step()
     world.settle()
+
+
+def one_device(name: str, zone: str) -> NodeView:
+    return NodeView(
+        name,
+        NodeState.READY,
+        devices=(DeviceView("gpu-0", DeviceKind.NVIDIA, 80 * GIB),),
+        engines=ENGINES,
+        labels=frozenset({("zone", zone)}),
+    )
+
+
+def test_replacements_do_not_come_without_the_ends_that_they_stand_for() -> None:
+    """Found by the property above: the pre-emption met a conflict, and the replacements did not."""
+    small = Need(Engine.VLLM, (DeviceKind.NVIDIA,), 1, 20 * GIB)
+    large = replace(small, memory_bytes=60 * GIB, node_selector=(("zone", "north"),))
+    world = World(nodes={"node-0": one_device("node-0", "north")})
+    world.deployments["team/model"] = DeploymentView("team/model", "m", 1, 1, 4, small, priority=3)
+    world.settle()
+    world.nodes["node-1"] = one_device("node-1", "south")
+    world.deployments["team/urgent"] = DeploymentView("team/urgent", "u", 1, 1, 1, large, priority=9)
+    before = dict(world.replicas)
+    made = world.round({"team/urgent"})
+    assert (len(made.drain), len(made.place)) == (3, 3)
+    assert world.replicas == before
+    world.settle()
+    held = sorted((each.deployment, each.node) for each in world.replicas.values())
+    assert held == [("team/model", "node-0"), *[("team/model", "node-1")] * 3, ("team/urgent", "node-0")]
+
+
+def test_who_was_pre_empted_takes_from_nobody_even_if_its_own_record_was_refused() -> None:
+    """Found by the property above: the loser forgot its loss and had a third deployment make room."""
+    need = Need(Engine.VLLM, (DeviceKind.NVIDIA,), 1, 80 * GIB)
+    only = replace(need, node_selector=(("zone", "north"),))
+    world = World(nodes={"node-0": one_device("node-0", "north")})
+    world.deployments["team/loser"] = DeploymentView("team/loser", "l", 1, 1, 1, need, priority=8)
+    world.settle()
+    world.nodes["node-1"] = one_device("node-1", "south")
+    world.deployments["team/third"] = DeploymentView("team/third", "t", 1, 1, 1, need, priority=1)
+    world.settle()
+    world.deployments["team/urgent"] = DeploymentView("team/urgent", "u", 1, 1, 1, only, priority=9)
+    world.round({"team/loser"})
+    assert {each.preempted_by for each in world.replicas.values()} == {"", "team/urgent"}
+    world.settle()
+    assert sorted(each.deployment for each in world.replicas.values()) == ["team/third", "team/urgent"]
+
+
+def test_nobody_makes_room_on_devices_that_were_chosen_for_another_size() -> None:
+    """Found by the property of changed specs: the room was made again and again, and never taken."""
+    need = Need(Engine.VLLM, (DeviceKind.NVIDIA,), 1, 80 * GIB)
+    world = World(nodes={"node-0": one_device("node-0", "north")})
+    two = (Pin("node-0", ("cpu", "gpu-0")),)
+    world.deployments["team/least"] = DeploymentView("team/least", "l", 1, 1, 1, need, priority=1)
+    world.deployments["team/pinned"] = DeploymentView("team/pinned", "p", 1, 1, 1, need, priority=9, pins=two)
+    world.settle()
+    assert [each.deployment for each in world.replicas.values()] == ["team/least"]

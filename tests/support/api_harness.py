@@ -21,6 +21,7 @@ from controlplane.api.servicer import SERVICE_NAME, SchedulerServicer
 from controlplane.api.sizer import Sizer
 from controlplane.api.view import ClusterView
 from controlplane.events import EventLog
+from controlplane.knowledge import load_environments
 from controlplane.sizing import ModelFacts, facts_from_config
 from core.clock import SystemClock
 from core.errors import InvalidArgument, MillraceError
@@ -165,6 +166,7 @@ async def running_api(store: MemoryStore | None = None) -> AsyncIterator[ApiHarn
         memory=RequestMemory(clock),
         addresses=Addresses(router_url="http://127.0.0.1:8080", gateway_url="http://127.0.0.1:7601"),
         fleet_token=FLEET_TOKEN,
+        environments=load_environments(),
     )
     tasks = [
         asyncio.create_task(view.run(), name="harness-view"),

@@ -6,6 +6,7 @@ and by one that looks at everything. Both must say the same.
 """
 
 import itertools
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
@@ -31,6 +32,7 @@ from controlplane.scheduler import (
     effective,
     plan,
 )
+from controlplane.scheduler.preempt import preemptors
 from core.states import DeviceKind, Engine, NodeState, ReplicaState, TaintEffect
 
 GIB = 1 << 30
@@ -41,6 +43,10 @@ ENGINES = (
     EngineView(Engine.VLLM, frozenset({DeviceKind.CPU, DeviceKind.NVIDIA})),
     EngineView(Engine.SIMULATOR, frozenset({DeviceKind.CPU})),
 )
+
+
+TALLY: Counter[str] = Counter()
+"""How many clusters, steps of time, plans and pre-empting plans this process has tried."""
 
 
 @dataclass
@@ -66,14 +72,17 @@ class World:
         first = next(self.ids) * 1000
         made = self.planner.plan(self.now, _numbered(first))
         full = plan(self.snapshot(), self.now, _numbered(first), POLICY)
+        TALLY["plans"] += 1
+        TALLY["plans that pre-empt"] += any(each.preempted_by for each in made.drain)
         assert _without_names(made) == _without_names(full)
         assert self.planner.conclusions == {each.deployment: each for each in full.conclusions}
         assert (made.retry_after, made.frozen) == (full.retry_after, full.frozen)
         return made
 
     def apply(self, made: Plan, lost: Iterable[str] = ()) -> None:
-        """Carries a plan out, but for the transactions of some deployments."""
+        """Carries a plan out, but for the transactions of some deployments and those that rest on them."""
         lost = set(lost)
+        lost |= {key for key, others in preemptors(made.drain).items() if others & lost}
         before = dict(self.deployments)
         for remove in made.remove:
             if remove.deployment not in lost:
@@ -125,6 +134,7 @@ class World:
 
     def step(self, seconds: float = 1.0) -> None:
         """Every agent that can be heard advances each of its replicas by one state."""
+        TALLY["steps"] += 1
         self.now += timedelta(seconds=seconds)
         for key, replica in self.replicas.items():
             if self.nodes[replica.node].state is NodeState.READY:
@@ -153,6 +163,7 @@ class World:
         """Plans, checks, carries out, checks."""
         made = self.plan()
         self.check(made)
+        TALLY["rounds with lost transactions"] += bool(lost)
         self.apply(made, lost)
         self.check_state()
         return made
@@ -163,6 +174,8 @@ class World:
             made = self.round()
             again = self.plan()
             assert again.empty, f"not stable: {again}"
+            # Nobody wrote down what it concluded.
+            self.planner.look_again(each.deployment for each in again.conclusions)
             before = dict(self.replicas)
             self.step()
             if made.empty and before == self.replicas:
@@ -336,6 +349,7 @@ def pins(draw: st.DrawFn, world: World, need: Need) -> tuple[Pin, ...]:
 @st.composite
 def worlds(draw: st.DrawFn, priorities: tuple[int, ...] = (2, 5, 8)) -> World:
     world = World()
+    TALLY["clusters"] += 1
     for index in range(draw(st.integers(1, 5))):
         name = f"node-{index}"
         world.nodes[name] = draw(node_views(name))

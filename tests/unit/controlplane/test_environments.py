@@ -1,5 +1,6 @@
 """The matrix of engines and hardware: which row suits, and what an operator's file may say."""
 
+import json
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -83,3 +84,27 @@ def test_the_launch_has_what_the_hardware_asks_for(said: dict[str, str], expecte
     assert launch.image_family == "cuda-12.4"
     assert launch.extra_args.fields["dtype"].string_value == expected
     assert dict(record.spec.extra_args.items()) == said, "the spec is never edited"
+
+
+def test_an_operator_s_image_stands_in_the_launch_and_in_what_users_read(tmp_path: Path) -> None:
+    own = tmp_path / "own.json"
+    row = {
+        "engine": "vllm",
+        "family": "cuda-12.4",
+        "image": "registry.local/vllm:cu124",
+        "arguments": {"a": 1},
+    }
+    own.write_text(json.dumps({"environments": [row]}))
+    found = load_environments(own).find(Engine.VLLM, DeviceKind.NVIDIA, "Tesla T4")
+    assert found is not None
+    assert found.image == "registry.local/vllm:cu124"
+    assert found.words(()) == "environment cuda-12.4 (image registry.local/vllm:cu124) with a=1"
+    assert found.words(["a"]) == "environment cuda-12.4 (image registry.local/vllm:cu124)"
+
+
+@pytest.mark.parametrize("image", ["vllm", "two words:1"])
+def test_an_image_without_a_version_is_refused(tmp_path: Path, image: str) -> None:
+    own = tmp_path / "own.json"
+    own.write_text(json.dumps({"environments": [{"engine": "vllm", "family": "f", "image": image}]}))
+    with pytest.raises(ValueError, match=r"environments\.0\.image"):
+        load_environments(own)

@@ -143,6 +143,7 @@ class LaunchSpec(_message.Message):
     EXTRA_ARGS_FIELD_NUMBER: _builtins.int
     EXTERNAL_URL_FIELD_NUMBER: _builtins.int
     IMAGE_FAMILY_FIELD_NUMBER: _builtins.int
+    IMAGE_FIELD_NUMBER: _builtins.int
     engine: _types_pb2.Engine.ValueType
     """Which engine."""
     model: _builtins.str
@@ -163,6 +164,10 @@ class LaunchSpec(_message.Message):
     """Family of environments or images that suits the node's hardware, such as `cuda-12.8`; empty where the
     knowledge base has no row for it. The arguments that the hardware asks for are in extra_args already.
     """
+    image: _builtins.str
+    """Container image of that family, as a registry reference; empty where no row names one. For agents that run
+    engines in containers; others start the environment that they were given.
+    """
     @_builtins.property
     def extra_args(self) -> _struct_pb2.Struct:
         """Engine arguments by name, over anything that was worked out."""
@@ -180,10 +185,11 @@ class LaunchSpec(_message.Message):
         extra_args: _struct_pb2.Struct | None = ...,
         external_url: _builtins.str = ...,
         image_family: _builtins.str = ...,
+        image: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["extra_args", b"extra_args"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["engine", b"engine", "external_url", b"external_url", "extra_args", b"extra_args", "image_family", b"image_family", "kv_cache_bytes", b"kv_cache_bytes", "max_model_len", b"max_model_len", "model", b"model", "quantization", b"quantization", "served_model_name", b"served_model_name", "tensor_parallel", b"tensor_parallel"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["engine", b"engine", "external_url", b"external_url", "extra_args", b"extra_args", "image", b"image", "image_family", b"image_family", "kv_cache_bytes", b"kv_cache_bytes", "max_model_len", b"max_model_len", "model", b"model", "quantization", b"quantization", "served_model_name", b"served_model_name", "tensor_parallel", b"tensor_parallel"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -251,3 +251,18 @@ async def test_explain_tells_every_node(api: ApiHarness) -> None:
     assert {each.node: each.fits for each in answer.nodes} == {"node-1": True, "node-2": False}
     assert answer.summary
     assert answer.sizing.total_bytes == 64 << 20
+
+
+async def test_explain_tells_what_the_engine_would_be_started_from(api: ApiHarness) -> None:
+    await api.add_node("node-1")
+    await api.call(
+        "DeclareDeployments",
+        messages.DeclareDeploymentsRequest(models=[declared("a")], namespace="team"),
+    )
+    await api.add_node("node-2", memory_bytes=1)
+    answer = await api.call(
+        "ExplainDeployment", messages.ExplainDeploymentRequest(namespace="team", name="a")
+    )
+    fits, refused = answer.nodes
+    assert fits.message == "one more replica fits, in environment cpu"
+    assert "environment" not in refused.message

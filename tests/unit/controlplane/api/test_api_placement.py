@@ -201,6 +201,7 @@ async def test_a_dry_run_says_where_and_writes_nothing(api: ApiHarness) -> None:
     assert not planned.exists
     assert [each.node for each in planned.replicas] == ["node-1", "node-1"]
     assert planned.replicas[0].devices[0].device_id == "cpu"
+    assert planned.replicas[0].message.endswith(", in environment cpu")
     assert planned.replicas[0].devices[0].memory_bytes == planned.sizing.total_bytes
     assert planned.pending_replicas == 0
     assert (await api.store.list(keys.ROOT)).revision == before

@@ -116,7 +116,8 @@ def test_who_makes_room_and_for_whom_it_is_kept_are_one_transaction() -> None:
             Conclusion("team/qwen", good, good),
         ),
     )
-    transactions = {each.deployment: each for each in translate(made, view, now=NOW, fencing_token=5)}
+    ordered = translate(made, view, now=NOW, fencing_token=5)
+    transactions = {each.deployment: each for each in ordered}
     both = transactions["lab/urgent"]
     assert {each.key for each in both.operations} == {
         keys.plan_deployment("lab", "urgent"),
@@ -128,6 +129,10 @@ def test_who_makes_room_and_for_whom_it_is_kept_are_one_transaction() -> None:
     assert keys.plan_replica("team", "qwen", "qwen-1") not in {
         each.key for each in transactions["team/qwen"].operations
     }
+    assert [(each.deployment, each.rests_on) for each in ordered] == [
+        ("lab/urgent", frozenset()),
+        ("team/qwen", frozenset({"lab/urgent"})),
+    ]
 
 
 def test_following_changes_leads_to_the_books_of_a_whole_snapshot() -> None:

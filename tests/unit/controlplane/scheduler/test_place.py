@@ -132,12 +132,25 @@ def test_an_explanation_counts_each_reason() -> None:
     }
 
 
+ALONE = ", since one replica takes the devices of one node"
+
+
 @pytest.mark.parametrize(
     ("need", "nodes", "suggestion"),
     [
         (cpu(4), [], "start a node agent"),
-        (gpus(2, 40), [machine("a", gpus=1)], "add a node with 80.0 GiB on 2 x NVIDIA GPU (40.0 GiB each)"),
-        (cpu(20), [machine("a")], "shorten max_model_len or add a node with 20.0 GiB free a device"),
+        (gpus(2, 40), [machine("a", gpus=1)], "add a node with 40.0 GiB free on each of 2 x NVIDIA GPU"),
+        (
+            gpus(2, 40),
+            [machine("a", gpus=1), machine("b", gpus=1)],
+            f"add a node with 40.0 GiB free on each of 2 x NVIDIA GPU{ALONE}",
+        ),
+        (
+            gpus(2, 400),
+            [machine("a", gpus=2)],
+            "shorten max_model_len or add a node with 400.0 GiB free on each of 2 x NVIDIA GPU",
+        ),
+        (cpu(20), [machine("a")], "shorten max_model_len or add a node with 20.0 GiB free on CPU"),
         (cpu(4), [machine("a")], ""),
     ],
 )

@@ -170,3 +170,12 @@ def test_the_api_refuses_deepseek_on_eight_a100() -> None:
     with pytest.raises(FailedPrecondition, match=r"weights 626\.8 GiB") as caught:
         size(request, [node])
     assert "of which an engine can use 92%" in caught.value.message
+    assert "together" not in caught.value.message
+    assert "`millrace size MODEL` lists the GPUs and quantizations that fit" in caught.value.message
+
+
+def test_the_refusal_says_that_several_nodes_are_not_one() -> None:
+    request = SizingRequest(Engine.VLLM, facts("DeepSeek-V3"))
+    nodes = [DeviceOption(DeviceKind.NVIDIA, 80 * GIB, count=8, node=name) for name in ("a", "b")]
+    with pytest.raises(FailedPrecondition, match="the 2 nodes have the memory only together"):
+        size(request, nodes)
