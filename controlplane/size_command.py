@@ -27,6 +27,7 @@ from controlplane.sizing import (
     survey,
 )
 from core.errors import InvalidArgument, MillraceError
+from core.logging import configure
 from core.states import Engine, Quantization
 
 _QUANTIZATIONS = ("none", "awq", "gptq", "fp8")
@@ -47,6 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     Exit codes: 0 with an answer, also where the answer is that nothing fits; 2 for a wrong option or model.
     """
+    # What is logged must not stand between the lines of an answer that a program reads.
+    configure(service="size", level="WARNING")
     parser = _parser()
     parsed = parser.parse_args(arguments)
     knowledge = load_knowledge()

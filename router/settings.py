@@ -102,7 +102,7 @@ class RouterSettings(LogOptions, EtcdOptions):
     )
     expected_start_seconds: Seconds = Field(
         60.0,
-        description="How long a deployment takes to start, for Retry-After, until this worker has seen one.",
+        description="How long a deployment takes to start, for Retry-After, until a start was measured.",
     )
     admin_token_file: Path | None = Field(
         None,

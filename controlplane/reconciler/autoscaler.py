@@ -21,7 +21,7 @@ from prometheus_client import Counter
 from controlplane.convert import autoscaled, declared_replicas
 from controlplane.events import EventSink
 from controlplane.reconciler.autoscale_policy import delayed, policy_of, record_of, state_of
-from controlplane.reconciler.readings import Gauges, reading_of, serving_replicas
+from controlplane.reconciler.readings import Gauges, on_cpu_shares, reading_of, serving_replicas
 from controlplane.reconciler.view import ClusterView, View
 from controlplane.scheduler.autoscale import AutoscalePolicy, Reading, State, decide
 from core.clock import Clock
@@ -154,7 +154,14 @@ class Autoscaler:
                 continue
             serving = serving_replicas(assignments.get(name, ()), observations.get(name, {}), record.uid)
             samples = [sample for each in serving if (sample := gauges.fresh(name, each)) is not None]
-            reading = reading_of(now, len(serving), samples, demands.get(name, ()), routers=gauges.routers)
+            reading = reading_of(
+                now,
+                len(serving),
+                samples,
+                demands.get(name, ()),
+                routers=gauges.routers,
+                cpu_shares=on_cpu_shares(assignments.get(name, ()), view.nodes),
+            )
             try:
                 memory = self._memory(name, record, concluded, now)
                 memory.readings.append(reading)

@@ -1,13 +1,16 @@
 """Which endpoints routers should see. Pure.
 
 In come a deployment's assignments after the plan, what agents report, and the endpoints as they are; out
-come the endpoints as they should be. A replica becomes an endpoint when it serves, and stops being one
-only when it has ended: silence alone takes nothing away.
+come the endpoints as they should be, and how long one took to come. A replica becomes an endpoint when it
+serves, and stops being one only when it has ended: silence alone takes nothing away.
 """
 
 from collections.abc import Mapping
+from datetime import datetime, timedelta
 
 from millrace.core.v1 import endpoint_pb2, replica_pb2, types_pb2
+
+from core.clock import from_timestamp
 
 DEFAULT_WEIGHT = 100
 """Share of an endpoint where nothing weighs them; 100 leaves room to weigh finely later."""
@@ -36,6 +39,39 @@ def endpoints(
                 endpoint.agent_target = agent_targets.get(endpoint.node, endpoint.agent_target)
             wanted[replica] = endpoint
     return wanted
+
+
+def measured_start(
+    assignments: Mapping[str, replica_pb2.ReplicaAssignment],
+    wanted: Mapping[str, endpoint_pb2.Endpoint],
+    present: Mapping[str, endpoint_pb2.Endpoint],
+    now: datetime,
+) -> timedelta | None:
+    """Returns how long a replica took from its assignment to the endpoint that is published now.
+
+    Both moments are the leader's, so that no machine's clock is held against another's. Of several, the
+    quickest counts: that is what a request without any endpoint waits for.
+
+    Args:
+        assignments: By replica.
+        wanted: Endpoints as they should be.
+        present: Endpoints as they are.
+        now: The present.
+
+    Returns:
+        The time; None where no engine has come up.
+    """
+    starts = [
+        now - created
+        for replica, endpoint in wanted.items()
+        if replica not in present
+        and endpoint.state == types_pb2.ENDPOINT_STATE_READY
+        # What someone else runs is probed, not started.
+        and endpoint.engine != types_pb2.ENGINE_EXTERNAL
+        and (created := from_timestamp(assignments[replica].create_time)) is not None
+        and created <= now
+    ]
+    return min(starts, default=None)
 
 
 def _endpoint(

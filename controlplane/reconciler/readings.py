@@ -5,7 +5,7 @@ when it arrived here, since agents' clocks may differ from ours. It decides noth
 """
 
 import asyncio
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from datetime import datetime
 
 from millrace.core.v1 import replica_pb2, stats_pb2, types_pb2
@@ -119,6 +119,26 @@ def serving_replicas(
     return found
 
 
+def on_cpu_shares(
+    assignments: Iterable[replica_pb2.ReplicaAssignment],
+    nodes: Mapping[str, records_pb2.NodeObservationRecord],
+) -> set[str]:
+    """Replicas on a share of a CPU, whose utilisation is everybody's on that machine and not their own.
+
+    Args:
+        assignments: Of the deployment's name.
+        nodes: What fleet knows, by full key.
+    """
+    found: set[str] = set()
+    for each in assignments:
+        node = nodes.get(keys.ACTUAL_NODES + each.node)
+        claimed = {claim.device_id for claim in each.devices}
+        devices = node.inventory.devices if node is not None else ()
+        if any(device.id in claimed and device.kind == types_pb2.DEVICE_KIND_CPU for device in devices):
+            found.add(each.replica)
+    return found
+
+
 def reading_of(
     now: datetime,
     serving: int,
@@ -126,6 +146,7 @@ def reading_of(
     demands: Iterable[records_pb2.DeploymentDemand],
     *,
     routers: int,
+    cpu_shares: Collection[str] = (),
 ) -> Reading:
     """Sums up a moment.
 
@@ -135,6 +156,7 @@ def reading_of(
         samples: The fresh samples of those replicas.
         demands: What routers see of the deployment.
         routers: Routers that report at all.
+        cpu_shares: Replicas that have no utilisation of their own.
     """
     found = list(samples)
     return Reading(
@@ -143,7 +165,9 @@ def reading_of(
         sampled=len(found),
         running=_measure(found, "running_requests"),
         waiting=_measure(found, "waiting_requests"),
-        utilization=_measure(found, "device_utilization_ratio"),
+        utilization=_measure(
+            [each for each in found if each.replica not in cpu_shares], "device_utilization_ratio"
+        ),
         kv_usage=_measure(found, "kv_usage_ratio"),
         demand=demand_of(demands) if routers else None,
     )

@@ -96,6 +96,8 @@ def follow(books: Books, view: View, changed: Iterable[str]) -> set[str]:
             owner, _, replica = path.rpartition("/")
             books.set_replica(replica, _replica_view(view, path))
             touched.add(owner)
+        elif name := _below(key, keys.SERVE_DEPLOYMENTS):
+            touched.add(name)
         elif path := _below(key, keys.SERVE_ENDPOINTS):
             touched.add(path.rpartition("/")[0])
         elif node := _below(key, keys.SPEC_NODES, keys.ACTUAL_NODES):

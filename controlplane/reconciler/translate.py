@@ -8,7 +8,7 @@ drain and its endpoint's state are always written together.
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from datetime import datetime
+from datetime import datetime, timedelta
 
 from google.protobuf.message import Message
 from millrace.core.v1 import deployment_pb2, endpoint_pb2, replica_pb2, types_pb2
@@ -16,7 +16,7 @@ from millrace.state.v1 import records_pb2
 
 from controlplane.convert import served_model_name
 from controlplane.knowledge.environments import Environments
-from controlplane.reconciler.endpoints import endpoints
+from controlplane.reconciler.endpoints import endpoints, measured_start
 from controlplane.reconciler.rollouts import keep_autoscale, launched_record, record_rollout
 from controlplane.reconciler.view import Grouped, View
 from controlplane.scheduler import Conclusion, Condition, Drain, Place, Plan, Remove, Truth
@@ -219,7 +219,23 @@ class _Scribe:
             self._endpoint(unit, replica, wanted.get(replica), present.get(replica))
             unit.notices += self._notices(replica)
             yield unit
+        yield self._served(measured_start(after, wanted, present, self.now))
         yield self._conclusion(conclusion)
+
+    def _served(self, start: timedelta | None) -> Transaction:
+        """What routers need to know beside the endpoints, while there is a deployment."""
+        unit, key = Transaction(self.name), keys.SERVE_DEPLOYMENTS + self.name
+        spec = self.view.deployments.get(keys.SPEC_DEPLOYMENTS + self.name)
+        if spec is None and key in self.view.served:
+            unit.delete(key, self.view.revisions(key))
+        elif spec is not None and start is not None:
+            served = records_pb2.ServedDeploymentRecord(
+                namespace=spec.namespace, name=spec.name, deployment_uid=spec.uid
+            )
+            served.start_duration.FromTimedelta(start)
+            served.measure_time.CopyFrom(to_timestamp(self.now))
+            unit.write(key, served, self.view.revisions(key))
+        return unit
 
     def _agent_targets(self, assignments: Mapping[str, replica_pb2.ReplicaAssignment]) -> dict[str, str]:
         nodes = {each.node for each in assignments.values()}

@@ -34,6 +34,7 @@ class View:
         observations: What agents report of replicas.
         endpoints: What routers use.
         namespaces: What operators want of tenants.
+        served: What routers know of deployments.
         revisions: Revision of the last write of the keys that the loop writes or depends on.
         grouped: Assignments, observations and endpoints by deployment; None where nobody keeps them so.
     """
@@ -46,6 +47,7 @@ class View:
     observations: Mapping[str, replica_pb2.ReplicaObservation] = field(default_factory=dict)
     endpoints: Mapping[str, endpoint_pb2.Endpoint] = field(default_factory=dict)
     namespaces: Mapping[str, records_pb2.NamespaceRecord] = field(default_factory=dict)
+    served: Mapping[str, records_pb2.ServedDeploymentRecord] = field(default_factory=dict)
     revisions: Callable[[str], int] = lambda _: 0
     grouped: "Grouped | None" = None
 
@@ -99,6 +101,7 @@ class ClusterView:
         self._observations = mirror(keys.ACTUAL_REPLICAS, replica_pb2.ReplicaObservation)
         self._endpoints = mirror(keys.SERVE_ENDPOINTS, endpoint_pb2.Endpoint)
         self._namespaces = mirror(keys.SPEC_NAMESPACES, records_pb2.NamespaceRecord)
+        self._served = mirror(keys.SERVE_DEPLOYMENTS, records_pb2.ServedDeploymentRecord)
         self._grouped = Grouped()
         # A key stands here once, however often it changes: the bound is the number of records.
         self._changed: set[str] = set()
@@ -111,6 +114,7 @@ class ClusterView:
             keys.ACTUAL_REPLICAS: self._observations,
             keys.SERVE_ENDPOINTS: self._endpoints,
             keys.SPEC_NAMESPACES: self._namespaces,
+            keys.SERVE_DEPLOYMENTS: self._served,
         }
         for each in self._by_prefix.values():
             each.subscribe(self._changed.update)
@@ -167,6 +171,7 @@ class ClusterView:
             observations=self._observations.items,
             endpoints=self._endpoints.items,
             namespaces=self._namespaces.items,
+            served=self._served.items,
             revisions=self._revision_of,
             grouped=self._grouped,
         )

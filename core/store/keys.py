@@ -22,6 +22,7 @@ PLAN_REPLICAS = ROOT + "plan/replicas/"
 ACTUAL_CALIBRATIONS = ROOT + "actual/calibrations/"
 ACTUAL_NODES = ROOT + "actual/nodes/"
 ACTUAL_REPLICAS = ROOT + "actual/replicas/"
+SERVE_DEPLOYMENTS = ROOT + "serve/deployments/"
 SERVE_ENDPOINTS = ROOT + "serve/endpoints/"
 STATS = ROOT + "stats/"
 LIVE_LEADER = ROOT + "live/leader"
@@ -77,6 +78,11 @@ def actual_node(node: str) -> str:
 def actual_replica(namespace: str, deployment: str, replica: str) -> str:
     """Key of what an agent reported of a replica."""
     return f"{ACTUAL_REPLICAS}{namespace}/{deployment}/{replica}"
+
+
+def serve_deployment(namespace: str, name: str) -> str:
+    """Key of what routers need to know of a deployment."""
+    return f"{SERVE_DEPLOYMENTS}{namespace}/{name}"
 
 
 def serve_endpoint(namespace: str, deployment: str, replica: str) -> str:

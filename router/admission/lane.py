@@ -63,7 +63,7 @@ class Lane:
         diverted: Requests that went to the fall-back because there was no endpoint, since demand was told.
         last_request_seconds: When the last one came, on the monotonic clock.
         absent_seconds: When a request first found no endpoint; None where there is one.
-        start_seconds: How long the deployment took to get its first endpoint, last time; None before.
+        start_seconds: How long requests here waited for the first endpoint, last time; None before.
         drain: How fast the line moves.
         first_tokens: Of streams.
     """
@@ -103,14 +103,19 @@ class Lane:
             self.start_seconds = now_seconds - self.absent_seconds
             self.absent_seconds = None
 
-    def start_retry_seconds(self, now_seconds: float, *, default_seconds: float) -> int:
+    def start_retry_seconds(
+        self, now_seconds: float, *, measured_seconds: float | None, default_seconds: float
+    ) -> int:
         """Returns when the deployment probably has an endpoint, in whole seconds from now, within bounds.
 
         Args:
             now_seconds: On the monotonic clock.
+            measured_seconds: How long the last start took, as the cluster measured it: whole, while this
+                worker may have come in the middle of one. None where it is not known.
             default_seconds: How long a start takes where none was seen yet.
         """
-        usual = default_seconds if self.start_seconds is None else self.start_seconds
+        seen = self.start_seconds if measured_seconds is None else measured_seconds
+        usual = default_seconds if seen is None else seen
         waited = 0.0 if self.absent_seconds is None else now_seconds - self.absent_seconds
         left = max(usual - waited, usual * _OVERDUE_RATIO)
         return max(1, min(START_RETRY_SECONDS_MAX, math.ceil(left)))

@@ -43,7 +43,11 @@ def refusal_of(
     if refused.word is Word.GONE:
         return errors.no_endpoint(model, {})
     if not usable:
-        retry_seconds = lane.start_retry_seconds(now_seconds, default_seconds=gate.bounds.start_seconds)
+        retry_seconds = lane.start_retry_seconds(
+            now_seconds,
+            measured_seconds=deployment.start_seconds,
+            default_seconds=gate.bounds.start_seconds,
+        )
         if refused.word is Word.LATE:
             return errors.start_timeout(
                 model,

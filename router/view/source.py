@@ -1,8 +1,9 @@
-"""Feeds the view from the store: five mirrors, one new view for a burst of changes.
+"""Feeds the view from the store: six mirrors, one new view for a burst of changes.
 
-In come the changes of `serve/endpoints`, `spec/keys`, `spec/deployments`, `spec/namespaces` and `stats`; out
-come new `View` objects and samples in the table. Changes of one pass of the event loop make one view. While
-the store is away the last view stands, without limit; `age_seconds` says since when. It writes nothing.
+In come the changes of `serve/endpoints`, `serve/deployments`, `spec/keys`, `spec/deployments`,
+`spec/namespaces` and `stats`; out come new `View` objects and samples in the table. Changes of one pass of
+the event loop make one view. While the store is away the last view stands, without limit; `age_seconds` says
+since when. It writes nothing.
 """
 
 import asyncio
@@ -82,7 +83,14 @@ class ViewSource:
             name="spec/namespaces",
             clock=clock,
         )
-        self._spec = (self._endpoints, self._api_keys, self._deployments, self._namespaces)
+        self._served = Mirror(
+            store,
+            keys.SERVE_DEPLOYMENTS,
+            records_pb2.ServedDeploymentRecord.FromString,
+            name="serve/deployments",
+            clock=clock,
+        )
+        self._spec = (self._endpoints, self._api_keys, self._deployments, self._namespaces, self._served)
         self._stats = Mirror(store, keys.STATS, stats_pb2.EngineStats.FromString, name="stats", clock=clock)
         for mirror in self._spec:
             mirror.subscribe(self._mark_dirty)
@@ -148,6 +156,7 @@ class ViewSource:
             api_keys=self._api_keys.items,
             deployments=self._deployments.items.values(),
             namespaces=self._namespaces.items.values(),
+            served=self._served.items.values(),
         )
         self._by_replica = {each.replica: each for each in self._view.endpoints}
         for listener in self._listeners:

@@ -111,6 +111,7 @@ class Deployment:
         ready: Those of them that are READY.
         routing: How its requests are treated.
         wanted: False where the user has stopped it: nothing will come up by itself.
+        start_seconds: How long its last engine took from assignment to endpoint; None where none is known.
     """
 
     namespace: str
@@ -121,6 +122,7 @@ class Deployment:
     ready: tuple[Endpoint, ...] = ()
     routing: Routing = NO_ROUTING
     wanted: bool = True
+    start_seconds: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,6 +277,7 @@ def build_view(
     api_keys: Mapping[str, records_pb2.ApiKeyRecord],
     deployments: Iterable[records_pb2.DeploymentRecord],
     namespaces: Iterable[records_pb2.NamespaceRecord] = (),
+    served: Iterable[records_pb2.ServedDeploymentRecord] = (),
 ) -> View:
     """Builds the view of one moment.
 
@@ -284,6 +287,7 @@ def build_view(
         api_keys: Records of `spec/keys` by their full key in the store.
         deployments: Records of `spec/deployments`: only what is declared can be named by a client.
         namespaces: Records of `spec/namespaces`.
+        served: Records of `serve/deployments`.
     """
     ordered = sorted(
         map(endpoint_of, endpoints), key=lambda each: (each.namespace, each.deployment, each.replica)
@@ -291,6 +295,7 @@ def build_view(
     of_deployment: dict[tuple[str, str], list[Endpoint]] = defaultdict(list)
     for each in ordered:
         of_deployment[each.namespace, each.deployment].append(each)
+    starts = {each.deployment_uid: each.start_duration.ToTimedelta().total_seconds() for each in served}
     of_namespace: dict[str, dict[str, Deployment]] = defaultdict(dict)
     for record in sorted(deployments, key=lambda each: (each.namespace, each.name)):
         own = tuple(of_deployment.get((record.namespace, record.name), ()))
@@ -303,6 +308,7 @@ def build_view(
             ready=tuple(each for each in own if each.state is EndpointState.READY),
             routing=routing_of(record.spec.routing),
             wanted=_wanted(record.spec),
+            start_seconds=starts.get(record.uid),
         )
     aliases = {record.namespace: _aliases(record.spec) for record in namespaces}
     return View(

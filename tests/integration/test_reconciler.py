@@ -58,6 +58,10 @@ async def test_a_declared_model_comes_to_serve(cluster: ReconciledCluster) -> No
     assert (endpoint.replica, endpoint.served_model_name) == (assignment.replica, "qwen")
     assert endpoint.declared_model == "org/model"
     assert endpoint.weight > 0
+    (served,) = (await cluster.served()).values()
+    assert (served.name, served.deployment_uid) == ("qwen", record.uid)
+    took = served.measure_time.ToDatetime() - assignment.create_time.ToDatetime()
+    assert served.start_duration.ToTimedelta() == took
     concluded = await cluster.concluded("qwen")
     assert concluded is not None
     assert [(each.type, each.status) for each in concluded.conditions] == [
@@ -194,6 +198,7 @@ async def test_a_deleted_deployment_leaves_nothing(cluster: ReconciledCluster) -
 
     await cluster.drive(gone)
     assert await cluster.concluded("qwen") is None
+    assert not await cluster.served()
 
 
 async def test_a_deployment_declared_again_gets_its_own_replicas(cluster: ReconciledCluster) -> None:

@@ -129,6 +129,9 @@ class ReconciledCluster:
     async def endpoints(self) -> dict[str, endpoint_pb2.Endpoint]:
         return await self.read(keys.SERVE_ENDPOINTS, endpoint_pb2.Endpoint)
 
+    async def served(self) -> dict[str, records_pb2.ServedDeploymentRecord]:
+        return await self.read(keys.SERVE_DEPLOYMENTS, records_pb2.ServedDeploymentRecord)
+
     async def concluded(self, name: str) -> records_pb2.DeploymentPlanRecord | None:
         found = await self.store.get(keys.plan_deployment(NAMESPACE, name))
         return None if found is None else records_pb2.DeploymentPlanRecord.FromString(found.value)

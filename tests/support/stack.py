@@ -18,6 +18,7 @@ from typing import Any
 
 import psutil
 
+from nodeagent.runtimes.base import LABEL_REPLICA
 from tests.support.ports import free_ports
 
 LEFT_SECONDS = 5.0
@@ -56,12 +57,19 @@ class LocalStack:
         """Headers of the bundled deployment's key."""
         return {"authorization": f"Bearer {self.description['api_key']}"}
 
-    def engine_pids(self) -> list[int]:
-        """Leaders of the engines' process groups, by the label that the agent gives them."""
+    def engine_pids(self, deployment: str = "") -> list[int]:
+        """Leaders of the engines' process groups, by the label that the agent gives them.
+
+        Args:
+            deployment: Name whose engines are meant; all engines for an empty one.
+        """
+        prefix = f"{deployment}-" if deployment else ""
         return sorted(
             process.pid
             for process in self.processes()
-            if "MILLRACE_REPLICA" in _environment(process) and os.getpgid(process.pid) == process.pid
+            if (replica := _environment(process).get(LABEL_REPLICA))
+            and replica.startswith(prefix)
+            and os.getpgid(process.pid) == process.pid
         )
 
     def processes(self) -> list[psutil.Process]:

@@ -101,7 +101,8 @@ def _heading(text: str) -> Any:
 
 
 def _identity(deployment: "Deployment") -> Iterator[Any]:
-    from millrace_client.cli.render import enum_name, message_data, spelled
+    from millrace_client.cli.get import phase_text
+    from millrace_client.cli.render import message_data, spelled
 
     spec, status = deployment.spec, deployment.status
     behind = (
@@ -127,7 +128,7 @@ def _identity(deployment: "Deployment") -> Iterator[Any]:
         ("Replicas", f"{wanted} wanted, {status.ready_replicas} ready"),
         ("Engine arguments", _plain_object(message_data(spec).get("extra_args"))),
         ("Metadata", _plain_object(message_data(deployment).get("metadata"))),
-        ("Phase", enum_name(status, "phase") + (", reconciling" if status.reconciling else "")),
+        ("Phase", phase_text(deployment) + (", reconciling" if status.reconciling else "")),
     )
 
 

@@ -95,9 +95,21 @@ def _show_deployment(session: Session, name: str) -> None:
 COLUMNS = ("NAME", "MODEL", "ENGINE", "READY", "PHASE", "AGE")
 
 
+def phase_text(deployment: "Deployment") -> str:
+    """Returns the phase, with what it alone would hide: a roll back, and sleep that a request ends."""
+    from millrace_client.cli.render import enum_name
+
+    status = deployment.status
+    phase = enum_name(status, "phase")
+    if any(each.type == "Progressing" and each.reason == "RolledBack" for each in status.conditions):
+        return f"{phase}, rolled back"
+    sleeps = deployment.spec.HasField("autoscale") and deployment.spec.autoscale.max_replicas > 0
+    return f"{phase}, asleep" if sleeps and phase == "STOPPED" else phase
+
+
 def deployment_row(deployment: "Deployment") -> tuple[str, ...]:
     """Returns a deployment as a row of the table."""
-    from millrace_client.cli.render import age_text, enum_name, spelled
+    from millrace_client.cli.render import age_text, spelled
 
     status = deployment.status
     return (
@@ -105,6 +117,6 @@ def deployment_row(deployment: "Deployment") -> tuple[str, ...]:
         deployment.spec.model,
         spelled(deployment.spec, "engine"),
         f"{status.ready_replicas}/{status.desired_replicas}",
-        enum_name(status, "phase"),
+        phase_text(deployment),
         age_text(deployment.create_time),
     )

@@ -39,6 +39,8 @@ def scale(
         deployment = await client.scale(*key, replicas)
         if not session.structured:
             session.write(f"{'/'.join(key)} scaled to {replicas}")
+            if deployment.spec.HasField("autoscale") and replicas:
+                session.note("its autoscaler goes on from there: the number follows the load")
         try:
             if wait:
                 from millrace_client.cli.progress import (

@@ -4,7 +4,7 @@ In come node names, out come tables of what the machines have and hold, or what 
 decides where replicas go: it tells the control plane what an operator wants of a node.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -17,7 +17,18 @@ if TYPE_CHECKING:
     from millrace_client.client import MillraceClient
 
 NodeName = Annotated[str, typer.Argument(help="Node.", metavar="NODE")]
-COLUMNS = ("NAME", "STATE", "SCHEDULING", "DEVICES", "MEMORY", "ENGINES", "REPLICAS", "HEARD", "VERSION")
+COLUMNS = (
+    "NAME",
+    "STATE",
+    "SCHEDULING",
+    "TAINTS",
+    "DEVICES",
+    "MEMORY",
+    "ENGINES",
+    "REPLICAS",
+    "HEARD",
+    "VERSION",
+)
 
 group = typer.Typer(rich_markup_mode=None, invoke_without_command=True)
 
@@ -44,7 +55,17 @@ def show_nodes(session: Session, name: str | None) -> None:
         if session.structured:
             session.emit(message_data(node))
         else:
-            session.show(table(COLUMNS, [_row(node)]), "", _devices(node), "", _engines(node))
+            # What operators say of a machine counts more than what it says of itself.
+            labels = _labels_text({**node.status.inventory.labels, **node.spec.labels})
+            session.show(
+                table(COLUMNS, [_row(node)]),
+                "",
+                f"Labels: {labels or 'none'}",
+                "",
+                _devices(node),
+                "",
+                _engines(node),
+            )
         return
     found = session.run(lambda client: client.nodes())
     if session.structured:
@@ -167,17 +188,27 @@ def taint(
 
 
 def _changed(session: Session, node: "Node") -> None:
-    from millrace_client.cli.render import enum_name, message_data
+    from millrace_client.cli.render import message_data
 
     if session.structured:
         session.emit(message_data(node))
         return
-    labels = ", ".join(f"{key}={value}" for key, value in sorted(node.spec.labels.items()))
-    taints = ", ".join(
+    labels = _labels_text(node.spec.labels)
+    session.write(f"node {node.name} labels: {labels or 'none'}; taints: {_taints_text(node) or 'none'}")
+
+
+def _labels_text(labels: Mapping[str, str]) -> str:
+    return ",".join(f"{key}={value}" for key, value in sorted(labels.items()))
+
+
+def _taints_text(node: "Node") -> str:
+    """Returns the taints as `millrace taint` takes them."""
+    from millrace_client.cli.render import enum_name
+
+    return ",".join(
         f"{each.key}{'=' if each.value else ''}{each.value}:{enum_name(each, 'effect').lower()}"
         for each in node.spec.taints
     )
-    session.write(f"node {node.name} labels: {labels or 'none'}; taints: {taints or 'none'}")
 
 
 def register(application: typer.Typer) -> None:
@@ -206,7 +237,7 @@ def scheduling_text(node: "Node") -> str:
 
 
 def _row(node: "Node") -> Sequence[str]:
-    from millrace_client.cli.render import age_text, bytes_text, enum_name, spelled
+    from millrace_client.cli.render import UNKNOWN, age_text, bytes_text, enum_name, spelled
 
     inventory = node.status.inventory
     engines = [spelled(each, "engine") for each in inventory.engines if not each.unavailable_reason]
@@ -217,6 +248,7 @@ def _row(node: "Node") -> Sequence[str]:
         node.name,
         enum_name(node.status, "state"),
         scheduling_text(node),
+        _taints_text(node) or UNKNOWN,
         devices,
         bytes_text(memory_bytes) if inventory.devices else "",
         ",".join(engines),

@@ -5,6 +5,7 @@ What is kept in etcd. One writer a prefix; the key layout stands in core/store/k
 
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
+from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
 from google.protobuf import struct_pb2 as _struct_pb2
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
@@ -512,6 +513,50 @@ class PreemptionRecord(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___PreemptionRecord: _TypeAlias = PreemptionRecord  # noqa: Y015
+
+@_typing.final
+class ServedDeploymentRecord(_message.Message):
+    """ServedDeploymentRecord is `serve/deployments/<namespace>/<name>`, written by the leader's loop: what routers need to
+    know of a deployment even while it has no endpoint.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAMESPACE_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    DEPLOYMENT_UID_FIELD_NUMBER: _builtins.int
+    START_DURATION_FIELD_NUMBER: _builtins.int
+    MEASURE_TIME_FIELD_NUMBER: _builtins.int
+    namespace: _builtins.str
+    """Tenant."""
+    name: _builtins.str
+    """Name."""
+    deployment_uid: _builtins.str
+    """Deployment's uid."""
+    @_builtins.property
+    def start_duration(self) -> _duration_pb2.Duration:
+        """How long its last replica took from assignment to endpoint."""
+
+    @_builtins.property
+    def measure_time(self) -> _timestamp_pb2.Timestamp:
+        """When that endpoint was published."""
+
+    def __init__(
+        self,
+        *,
+        namespace: _builtins.str = ...,
+        name: _builtins.str = ...,
+        deployment_uid: _builtins.str = ...,
+        start_duration: _duration_pb2.Duration | None = ...,
+        measure_time: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["measure_time", b"measure_time", "start_duration", b"start_duration"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["deployment_uid", b"deployment_uid", "measure_time", b"measure_time", "name", b"name", "namespace", b"namespace", "start_duration", b"start_duration"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ServedDeploymentRecord: _TypeAlias = ServedDeploymentRecord  # noqa: Y015
 
 @_typing.final
 class NodeObservationRecord(_message.Message):

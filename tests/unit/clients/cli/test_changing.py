@@ -28,6 +28,10 @@ async def test_scale(millrace: CommandLine, scheduler: FakeScheduler) -> None:
     outcome = await millrace("scale", "tiny", "--replicas", "3")
     assert (outcome.code, outcome.stdout) == (0, "team-ai/tiny scaled to 3\n")
     assert scheduler.deployments["team-ai", "tiny"].spec.replicas == 3
+    assert "autoscaler" not in outcome.stderr
+    scheduler.deployments["team-ai", "tiny"].spec.autoscale.max_replicas = 4
+    assert "autoscaler goes on from there" in (await millrace("scale", "tiny", "--replicas", "2")).stderr
+    scheduler.deployments["team-ai", "tiny"].spec.ClearField("autoscale")
     scheduler.ready_at_once = True
     outcome = await millrace("scale", "team-ai/tiny", "--replicas", "0", "--wait", "-o", "json")
     assert json.loads(outcome.stdout)["status"]["phase"] == "DEPLOYMENT_PHASE_STOPPED"

@@ -53,7 +53,11 @@ def world(scheduler: FakeScheduler) -> FakeScheduler:
     scheduler.nodes["node-1"] = Node(name="node-1")
     scheduler.nodes["node-1"].status.state = types_pb2.NODE_STATE_READY
     scheduler.nodes["node-1"].status.replicas.append("tiny-aaaaaaaaaa")
+    spec = scheduler.nodes["node-1"].spec
+    spec.labels["zone"] = "north"
+    spec.taints.add(key="dedicated", value="research", effect=types_pb2.TAINT_EFFECT_NO_SCHEDULE)
     inventory = scheduler.nodes["node-1"].status.inventory
+    inventory.labels.update({"zone": "south", "disk": "nvme"})
     inventory.version = "0.1.0"
     inventory.devices.append(Device(id="cpu", kind=types_pb2.DEVICE_KIND_CPU, memory_bytes=16 * 1024**3))
     inventory.engines.append(EngineEnvironment(engine=types_pb2.ENGINE_SIMULATOR, version="0.1.0"))
@@ -79,6 +83,19 @@ async def test_table_of_deployments(millrace: CommandLine, world: FakeScheduler)
     header, row = outcome.stdout.splitlines()
     assert header.split() == ["NAME", "MODEL", "ENGINE", "READY", "PHASE", "AGE"]
     assert row.split() == ["tiny", "/models/tiny", "vllm", "1/2", "DEGRADED", "5m"]
+
+
+async def test_the_phase_tells_of_a_roll_back_and_of_sleep(
+    millrace: CommandLine, world: FakeScheduler
+) -> None:
+    tiny = world.deployments["team-ai", "tiny"]
+    tiny.status.conditions.add(type="Progressing", reason="RolledBack")
+    assert "DEGRADED, rolled back" in (await millrace("get", "deployment", "tiny")).stdout
+    del tiny.status.conditions[:]
+    tiny.spec.autoscale.max_replicas = 2
+    tiny.status.phase = types_pb2.DEPLOYMENT_PHASE_STOPPED
+    assert "STOPPED, asleep" in (await millrace("get", "deployment", "tiny")).stdout
+    assert "STOPPED, asleep" in (await millrace("describe", "tiny")).stdout
 
 
 async def test_all_namespaces_have_a_column(millrace: CommandLine, world: FakeScheduler) -> None:
@@ -137,6 +154,7 @@ async def test_table_of_nodes(
         "node-1",
         "READY",
         "open",
+        "dedicated=research:no_schedule",
         "1x",
         "CPU",
         "16.0",
@@ -153,6 +171,7 @@ async def test_one_node_says_why_an_engine_cannot_be_started(
 ) -> None:
     outcome = await millrace("nodes", "get", "node-1")
     assert "not installed: run make up" in outcome.stdout
+    assert "Labels: disk=nvme,zone=north" in outcome.stdout
     data = json.loads((await millrace("nodes", "get", "node-1", "-o", "json")).stdout)
     assert data["status"]["state"] == "NODE_STATE_READY"
     assert (await millrace("nodes", "get", "none")).code == 3

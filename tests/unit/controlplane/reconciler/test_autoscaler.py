@@ -75,6 +75,8 @@ class Scene:
                     waiting_requests=self.waiting // max(1, len(serving)),
                     running_requests=0,
                     kv_usage_ratio=0.1,
+                    # The machine has a CPU, on which others work, too.
+                    device_utilization_ratio=1.0,
                 )
                 await self.cluster.put(keys.stats(NAMESPACE, NAME, replica), sample)
         await self.report_demand()

@@ -1,10 +1,14 @@
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
 from millrace.core.v1 import endpoint_pb2, replica_pb2, types_pb2
 
 from controlplane.reconciler import endpoints
+from controlplane.reconciler.endpoints import measured_start
+from core.clock import to_timestamp
 
+NOW = datetime(2030, 1, 1, tzinfo=UTC)
 READY, DRAINING = types_pb2.REPLICA_STATE_READY, types_pb2.REPLICA_STATE_DRAINING
 
 
@@ -85,3 +89,35 @@ def test_routers_are_told_where_the_agent_is(
     # A node that says nothing for a while takes nothing away.
     kept = endpoints({"qwen-a": order}, {}, found, {})
     assert kept["qwen-a"].agent_target == expected
+
+
+@pytest.mark.parametrize(
+    ("ages", "engine", "present", "state", "expected"),
+    [
+        ({"a": 90, "b": 40}, types_pb2.ENGINE_VLLM, {}, READY, 40),
+        # Only what comes up now was measured now.
+        ({"a": 90, "b": 40}, types_pb2.ENGINE_VLLM, {"b"}, READY, 90),
+        ({"a": 90}, types_pb2.ENGINE_VLLM, {"a"}, READY, None),
+        ({"a": 90}, types_pb2.ENGINE_VLLM, {}, types_pb2.REPLICA_STATE_STARTING, None),
+        ({"a": 90}, types_pb2.ENGINE_EXTERNAL, {}, READY, None),
+        # An order of the future is a leader's clock that was set back: it measures nothing.
+        ({"a": -5}, types_pb2.ENGINE_VLLM, {}, READY, None),
+    ],
+)
+def test_a_start_is_measured_from_the_order_to_the_endpoint(
+    ages: dict[str, int],
+    engine: types_pb2.Engine.ValueType,
+    present: set[str],
+    state: types_pb2.ReplicaState.ValueType,
+    expected: int | None,
+) -> None:
+    orders = {}
+    for replica, age_seconds in ages.items():
+        orders[replica] = assignment()
+        orders[replica].replica = replica
+        orders[replica].launch.engine = engine
+        orders[replica].create_time.CopyFrom(to_timestamp(NOW - timedelta(seconds=age_seconds)))
+    before = {replica: published() for replica in present}
+    wanted = endpoints(orders, {replica: observation(state) for replica in orders}, before, {})
+    found = measured_start(orders, wanted, before, NOW)
+    assert found == (None if expected is None else timedelta(seconds=expected))

@@ -187,3 +187,21 @@ def test_routing_aliases_and_tiers_are_read() -> None:
     assert (one.wanted, two.wanted) == (False, True)
     assert opened[1].resolve("chat") == Alias("chat", (Target("one", 3), Target("two", 1)))
     assert opened[1].resolve("x") is Miss.UNKNOWN
+
+
+def test_a_start_belongs_to_the_deployment_that_it_was_measured_for() -> None:
+    record = _deployment("d1")
+    record.uid = "new"
+
+    def start_of(uid: str) -> float | None:
+        took = duration_pb2.Duration(seconds=42, nanos=500_000_000)
+        served = records_pb2.ServedDeploymentRecord(
+            namespace="a", name="d1", deployment_uid=uid, start_duration=took
+        )
+        view = build_view(version=1, endpoints=[], api_keys={}, deployments=[record], served=[served])
+        deployment = view.deployment("a", "d1")
+        assert deployment is not None
+        return deployment.start_seconds
+
+    assert start_of("new") == 42.5
+    assert start_of("old") is None
