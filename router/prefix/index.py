@@ -30,7 +30,8 @@ DEFAULT_CAPACITY_BLOCKS = 4096
 # A log grows with repeated use of the same blocks; beyond this multiple of its capacity it is swept.
 _LOG_FACTOR = 3
 # Blocks that are remembered for each one of a KV cache. By `tests/bench/router_trace.py`, two seeds at 60
-# requests a second, 1 loses a twentieth of the hit rate and a third of the median first token; 3 gains no more.
+# requests a second, 1 loses a twentieth of the hit rate and a third of the median first token; 3 gains
+# nothing more.
 REMEMBERED = 2
 
 
@@ -120,7 +121,7 @@ class PrefixIndex:
         """Returns for each endpoint, by its bit, how many leading blocks count as cached there.
 
         Formula: (recent + remembered) / 2, in whole blocks. `recent` are those that the engine should still
-        have: used since the stamp now - age * capacity / held, where age is that of the oldest block of all
+        have: used after the stamp now - age * capacity / held, where age is that of the oldest block of all
         that are held; their share of the time is taken for their share of the blocks.
         """
         depths = self.depths(chain)
@@ -201,7 +202,7 @@ class PrefixIndex:
         # Nothing is left of it where all endpoints together hold more than the bytes allow.
         holdings.oldest = (holdings.log[0][0] if holdings.log else self._stamp) - 1
         age = self._stamp - holdings.oldest
-        holdings.recent = self._stamp - age * capacity / held if held > capacity else 0.0
+        holdings.recent = self._stamp + 1 - age * capacity / held if held > capacity else 0.0
         holdings.filled = held / capacity
 
     def retain(self, identities: Iterable[Identity]) -> None:

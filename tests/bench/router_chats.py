@@ -1,12 +1,12 @@
 """Chats on small caches in virtual time: `router_live.real_vllm` without vLLM, for many seeds in seconds.
 
-    python -m tests.bench.router_chats [--seeds 6] [--chats 120] [--strategies A B]
+    python -m tests.bench.router_chats [--seeds 6] [--chats 120] [--slowness 1 2 4] [--strategies A B]
 
 Some clients hold chats that share system prompts; a turn sends the whole chat so far and waits for its answer
 (a closed loop). Text, counts, engines and cache sizes are those of `real_vllm`; two bytes are a token, as the
-bundled model's tokenizer cuts them, which a router does not know. Out goes a Markdown table: the hit rate of
-every seed, and what an endless cache would have hit. What real engines add, such as the noise of their timing,
-is not in here.
+bundled model's tokenizer cuts them, which a router does not know. Real engines that share two cores are not
+equally fast from one moment to the next; `--slowness 1 2 4` makes the second and third slower. Out goes a
+Markdown table: the hit rate of every seed, and what an endless cache would have hit.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from tests.bench.router_trace import Simulation
 
 BYTES_PER_TOKEN = 2
 # About what three engines on two cores compute.
-TIMING = StepTiming(prefill_tokens_per_second=3000.0, inter_token_latency_ms=10.0)
+PREFILL_TOKENS_PER_SECOND, INTER_TOKEN_LATENCY_MS = 3000.0, 10.0
 STRATEGIES = ("round-robin", "least-pending", "prefix-aware", "published-cache-aware", "default")
 
 
@@ -61,13 +61,27 @@ def tokens_of(text: str) -> list[int]:
 class ChatSimulation(Simulation):
     """Clients, a router and engines; out come the figures of a `Result` and the ideal hit rate."""
 
-    def __init__(self, *, strategy: str, seed: int, routers: int = 1) -> None:
+    def __init__(
+        self,
+        *,
+        strategy: str,
+        seed: int,
+        routers: int = 1,
+        slowness: Sequence[float] = (1.0,) * ENGINES,
+    ) -> None:
+        """Takes how much slower than the fastest each engine is."""
         super().__init__(
             strategy=strategy,
             engines=ENGINES,
             blocks=BLOCKS,
             routers=routers,
-            timing=TIMING,
+            timing=[
+                StepTiming(
+                    prefill_tokens_per_second=PREFILL_TOKENS_PER_SECOND / each,
+                    inter_token_latency_ms=INTER_TOKEN_LATENCY_MS * each,
+                )
+                for each in slowness
+            ],
             block_tokens=BLOCK_TOKENS,
             seed=seed,
         )
@@ -162,20 +176,24 @@ def main() -> None:
     parser.add_argument(
         "--seeds", type=int, default=6, help="how many; the first is that of the live benchmark"
     )
+    parser.add_argument("--slowness", type=float, nargs=ENGINES, default=(1.0,) * ENGINES)
     parser.add_argument("--chats", type=int, default=120)
     parser.add_argument("--routers", type=int, default=1)
     parser.add_argument("--strategies", nargs="+", default=STRATEGIES, help="as the router takes them")
     options = parser.parse_args()
     print(
-        f"\n{options.chats} chats of {TURNS} turns, {AT_ONCE} at a time, {ENGINES} engines of {BLOCKS} blocks of "
-        f"{BLOCK_TOKENS} tokens, {options.routers} router(s), {options.seeds} seeds\n"
+        f"\n{options.chats} chats of {TURNS} turns, {AT_ONCE} at a time, {ENGINES} engines of {BLOCKS} "
+        f"blocks of {BLOCK_TOKENS} tokens, slowness {options.slowness}, {options.routers} router(s), "
+        f"{options.seeds} seeds\n"
     )
     print("| strategy | hit rate, mean | each seed | ideal | spread |")
     print("|---|---|---|---|---|")
     for strategy in options.strategies:
         rates, ideals, spreads = [], [], []
         for seed in range(SEED, SEED + options.seeds):
-            simulation = ChatSimulation(strategy=strategy, seed=seed, routers=options.routers)
+            simulation = ChatSimulation(
+                strategy=strategy, seed=seed, routers=options.routers, slowness=options.slowness
+            )
             result = simulation.run(simulation.chats(options.chats))
             rates.append(result.hit_rate)
             ideals.append(simulation.ideal_hit_rate)

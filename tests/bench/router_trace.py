@@ -140,7 +140,7 @@ class Simulation:
         engines: int,
         blocks: int,
         routers: int,
-        timing: StepTiming,
+        timing: StepTiming | Sequence[StepTiming],
         exact: bool = False,
         block_tokens: int = BLOCK_TOKENS,
         seed: int = SEED,
@@ -149,6 +149,7 @@ class Simulation:
         self._order = itertools.count()
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._strategy = strategy
+        timings = [timing] * engines if isinstance(timing, StepTiming) else timing
         self._engines = [
             _Engine(
                 EngineModel(
@@ -158,13 +159,13 @@ class Simulation:
                         block_count=blocks,
                         kv_events=exact,
                     ),
-                    timing,
+                    each_timing,
                 ),
                 Endpoint(
                     "a", "d", f"engine-{n}", "http://e", "d", "m", EndpointState.READY, "i", 1, f"node-{n}"
                 ),
             )
-            for n in range(engines)
+            for n, each_timing in enumerate(timings)
         ]
         self._endpoints = [each.endpoint for each in self._engines]
         self._by_replica = {each.endpoint.replica: each for each in self._engines}
