@@ -304,7 +304,9 @@ def _sweep(holdings: _Holdings) -> None:
     swept: deque[tuple[int, array[int]]] = deque()
     holdings.logged = 0
     for stamp, chain in holdings.log:
-        live = array("Q", [digest for digest in chain if stamps.get(digest) == stamp])
+        # What was used again is a leading part, as in `_evict`.
+        used = _used_later(stamps, chain, stamp)
+        live = chain[used:] if used else chain
         if live:
             swept.append((stamp, live))
             holdings.logged += len(live)
