@@ -90,6 +90,8 @@ bench-router-virtual: $(STAMP) ## Compare picking strategies in virtual time (TR
 		$(BIN)/python -m tests.bench.router_trace --trace "$(TRACE)" --rate $$rate --routers $$routers; done; done; fi
 	@for load in $(LOADS); do \
 		$(BIN)/python -m tests.bench.router_trace --load $$load; done
+	@for slowness in "1 1 1" "1 2 4"; do \
+		$(BIN)/python -m tests.bench.router_chats --slowness $$slowness; done
 	@$(BIN)/python -m tests.bench.prefix_index
 
 # gRPC talks on standard error about every process that is started beside it.

@@ -35,11 +35,14 @@ class Columns:
         roomy: Positions of those that the full-cache guard keeps; None for all of them.
         block_tokens: Tokens of a block as routing counts; of the default unless all engines that tell agree.
         bits: Of each in the prefix index.
+        pressures: How fast the cache of each turns over, by the prefix index; never changed, only replaced.
+        uncached_weights: What is made of `pressures` for all endpoints; None before it is.
     """
 
     __slots__ = (
         "_generation",
         "_oldest_seconds",
+        "_recorded",
         "_version",
         "bits",
         "block_tokens",
@@ -52,9 +55,11 @@ class Columns:
         "ordered",
         "others",
         "others_total",
+        "pressures",
         "replicas",
         "roomy",
         "samples",
+        "uncached_weights",
     )
 
     def __init__(self, endpoints: Sequence[Endpoint]) -> None:
@@ -75,7 +80,10 @@ class Columns:
         self.bits: Sequence[int] = ()
         self._version = -1
         self._oldest_seconds = math.inf
+        self.pressures: Sequence[float] = ()
+        self.uncached_weights: list[float] | None = None
         self._generation = -1
+        self._recorded = 0
 
     def refresh(self, table: SampleTable) -> None:
         """Works out again what hangs on samples, where one has come or gone stale since."""
@@ -98,10 +106,19 @@ class Columns:
         self.block_tokens = routing_block_tokens(sizes.pop() if len(sizes) == 1 else DEFAULT_BLOCK_TOKENS)
 
     def refresh_bits(self, index: PrefixIndex) -> None:
-        """Reads the endpoints' bits again where the index has given or taken some since."""
+        """Reads again what the index tells of the endpoints, where that has changed.
+
+        Pressures change with every request, but little: they are read once in as many as there are endpoints,
+        so that a request pays for one of them.
+        """
         if self._generation != index.generation:
             self._generation = index.generation
             self.bits = index.bits(self.identities)
+            self._recorded = index.recorded - len(self.bits)
+        if index.recorded - self._recorded >= len(self.bits):
+            self._recorded = index.recorded
+            self.pressures = index.pressures(self.bits)
+            self.uncached_weights = None
 
 
 def _has_room(sample: Sample | None) -> bool:

@@ -14,7 +14,7 @@ from router.picking.contract import Strategy
 from router.picking.full_cache_guard import FullCacheGuard
 from router.picking.highest_score import EQUAL, HighestScore
 from router.picking.hot_spot_guard import FACTOR, HOT_ALIKE, HOT_FACTOR, HOT_SLACK, SLACK, HotSpotGuard
-from router.picking.least_cost import DISCOUNTS, REQUEST_TOKENS, UNCACHED_WEIGHT, LeastCost
+from router.picking.least_cost import DISCOUNTS, REQUEST_TOKENS, UNCACHED_WEIGHT, LeastCost, uncached_weights
 from router.picking.neutral import filled
 from router.picking.rotation import Rotation
 from router.prefix.prompt import Prompt
@@ -48,6 +48,7 @@ class CompiledDefault:
         pending: Sequence[int],
         cached: Sequence[int] | None,
         alike: Mapping[str, int] | None,
+        pressures: Sequence[float] | None,
     ) -> int:
         """Returns the position of the chosen endpoint.
 
@@ -58,6 +59,7 @@ class CompiledDefault:
             pending: Own prompt tokens at each that are not computed yet.
             cached: Tokens of the prompt that each has cached; None where none has any.
             alike: Own requests whose prompts begin like this one, by replica; None for none.
+            pressures: How fast the cache of each turns over; None for 0 everywhere.
         """
         kept = columns.roomy
         others = columns.filled_others
@@ -70,21 +72,24 @@ class CompiledDefault:
             pending = [pending[at] for at in kept]
             others = filled([columns.others[at] for at in kept])
             cached = None if cached is None else [cached[at] for at in kept]
+            pressures = None if pressures is None else [pressures[at] for at in kept]
         tokens = prompt.tokens
         if cached is None:
             uncached = [tokens] * len(pending)
         else:
             uncached = [tokens - each if tokens > each else 0 for each in cached]
+        factors = _uncached_weights(columns, pressures, len(pending))
         if not columns.others_total:
             # The same formula; an addition of nothing changes no number.
             costs = [
-                UNCACHED_WEIGHT * computed + waiting + REQUEST_TOKENS * count
-                for computed, waiting, count in zip(uncached, pending, in_flight, strict=True)
+                factor * computed + waiting + REQUEST_TOKENS * count
+                for factor, computed, waiting, count in zip(
+                    factors, uncached, pending, in_flight, strict=True
+                )
             ]
         else:
-            factors = [UNCACHED_WEIGHT] * len(pending)
-            if columns.others_total:
-                _discount(factors, prompt, columns, in_flight, kept)
+            factors = list(factors)
+            _discount(factors, prompt, columns, in_flight, kept)
             costs = [
                 factor * computed + waiting + REQUEST_TOKENS * (count + other)
                 for factor, computed, waiting, count, other in zip(
@@ -125,6 +130,17 @@ def _without_hot_spots(
     replicas = columns.replicas
     kept = [at for at in positions if own[at] <= (hot if alike.get(replicas[at], 0) >= HOT_ALIKE else usual)]
     return None if len(kept) == len(own) else kept
+
+
+def _uncached_weights(columns: Columns, pressures: Sequence[float] | None, count: int) -> list[float]:
+    """Returns what an uncached token costs at each; where nobody is left out, worked out once."""
+    if pressures is None:
+        return [UNCACHED_WEIGHT] * count
+    if pressures is not columns.pressures:
+        return uncached_weights(pressures)
+    if columns.uncached_weights is None:
+        columns.uncached_weights = uncached_weights(pressures)
+    return columns.uncached_weights
 
 
 def _discount(

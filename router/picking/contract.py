@@ -68,6 +68,8 @@ class Candidate(NamedTuple):
         alike_in_flight: Those of `in_flight` whose prompts begin like this one (`prefix_key`).
         cache_knowledge: Whether `cached_tokens` is what this process has sent there, or what the engine
             itself says.
+        cache_pressure: How fast its cache turns over, in caches for each request that any endpoint gets; 0
+            where nothing was sent there. Only its ratio to others' means something.
     """
 
     endpoint: Endpoint
@@ -77,6 +79,7 @@ class Candidate(NamedTuple):
     pending_prefill_tokens: int = 0
     alike_in_flight: int = 0
     cache_knowledge: CacheKnowledge = CacheKnowledge.APPROXIMATE
+    cache_pressure: float = 0.0
 
 
 @runtime_checkable

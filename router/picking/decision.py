@@ -46,6 +46,7 @@ class Decision:
         pending: Own prompt tokens at each that were not computed yet.
         cached: Tokens that each had cached; None where none had any.
         alike: Own requests that begin alike, by replica, as they were; None for none.
+        pressures: How fast the cache of each turns over; None for a prompt without a full block.
         knowledge: Where `cached` comes from, for each; None where all of it is approximate.
         chosen: Position of the one that got the request; None where filters left none.
     """
@@ -57,6 +58,7 @@ class Decision:
     pending: Sequence[int]
     cached: Sequence[int] | None
     alike: Mapping[str, int] | None
+    pressures: Sequence[float] | None
     knowledge: Sequence[CacheKnowledge] | None = None
     chosen: int | None = None
 
@@ -71,6 +73,7 @@ class Decision:
             self.pending[at],
             0 if self.alike is None else self.alike.get(endpoint.replica, 0),
             CacheKnowledge.APPROXIMATE if self.knowledge is None else self.knowledge[at],
+            0.0 if self.pressures is None else self.pressures[at],
         )
 
     def candidates(self) -> list[Candidate]:

@@ -24,7 +24,7 @@ from router.upstream.loads import LoadTable
 from router.view.samples import SampleTable
 from router.view.view import Endpoint
 
-# Room for about 350,000 blocks of 64 tokens: the KV caches of some 80 large engines.
+# Room for about 350,000 blocks of 64 tokens: twice the KV caches of some 40 large engines.
 INDEX_BYTES_MAX = 64 * 1024 * 1024
 # Sets of endpoints whose columns are kept: one a deployment, and those without an endpoint that failed. All
 # are dropped together, since working them out again takes microseconds.
@@ -140,6 +140,7 @@ class Selector:
                 decision.pending,
                 decision.cached,
                 decision.alike,
+                decision.pressures,
             )
             decision.chosen = at
             return decision.candidate(at)
@@ -153,10 +154,12 @@ class Selector:
         prompt = request.prompt
         alike = None
         cached: Sequence[int] | None = None
+        pressures: Sequence[float] | None = None
         if prompt.chain:
-            depths = self.index.depths(prompt.chain)
+            columns.refresh_bits(self.index)
+            pressures = columns.pressures
+            depths = self.index.expected(prompt.chain)
             if depths:
-                columns.refresh_bits(self.index)
                 block_tokens = prompt.block_tokens
                 cached = [depths.get(bit, 0) * block_tokens for bit in columns.bits]
                 if prompt.ratio != 1.0:
@@ -175,6 +178,7 @@ class Selector:
             list(map(self.ledger.counts.get, columns.replicas, _ZEROS)),
             cached,
             alike,
+            pressures,
             knowledge,
         )
 

@@ -24,6 +24,7 @@ from router.picking.contract import RequestContext
 from router.picking.eligibility import eligible
 from router.picking.registry import build_strategy
 from router.picking.selector import Selector
+from router.prefix.index import REMEMBERED
 from router.upstream.health import EndpointHealth
 from router.upstream.loads import LoadTable
 from router.view.samples import SampleTable
@@ -84,7 +85,7 @@ def make_bench(count: int, strategy: str) -> Bench:
     generator = random.Random(1)
     # Caches are full in real life: everything that is learned pushes something out.
     for each in endpoints:
-        for _ in range(CACHE_BLOCKS // CHAIN_BLOCKS):
+        for _ in range(REMEMBERED * CACHE_BLOCKS // CHAIN_BLOCKS):
             chain = [generator.getrandbits(64) for _ in range(CHAIN_BLOCKS)]
             selector.index.record(each.identity, chain, capacity_blocks=CACHE_BLOCKS)
     return Bench(selector, endpoints, EndpointHealth(clock))

@@ -11,15 +11,15 @@ router adds by itself is not in here.
 import argparse
 import heapq
 import itertools
-import json
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from millrace.agent.v1 import node_agent_service_pb2 as messages
 from millrace.core.v1 import stats_pb2
@@ -40,26 +40,20 @@ from router.upstream.loads import LoadTable
 from router.view.samples import SampleTable
 from router.view.view import Endpoint, EndpointState
 from tests.bench.published_policies import POLICIES
+from tests.bench.router_loads import (
+    BLOCK_TOKENS,
+    GENERATORS,
+    SEED,
+    TRACE_BLOCK_TOKENS,
+    Load,
+    ideal_hit_rate,
+    read_trace,
+)
 
-SEED = 20_240_817
-BLOCK_TOKENS = 16
-# A block of the trace has 512 tokens; scaled by eight, a minute of it fits small engines.
-TRACE_BLOCK_TOKENS = 64
-TRACE_SCALE = 512 // TRACE_BLOCK_TOKENS
 SAMPLE_SECONDS = 1.0
 # From an engine's step to a router's copy of its cache.
 EVENT_SECONDS = 0.02
 MODEL_LENGTH_TOKENS = 32_768
-
-
-@dataclass(frozen=True, slots=True)
-class Load:
-    """One request: its prompt as block ids of `TRACE_BLOCK_TOKENS` tokens, cut to its length."""
-
-    arrival_seconds: float
-    block_ids: Sequence[int]
-    prompt_tokens: int
-    output_tokens: int
 
 
 class VirtualClock:
@@ -76,130 +70,6 @@ class VirtualClock:
 
     async def sleep(self, seconds: float) -> None:
         raise NotImplementedError(f"nothing sleeps in virtual time ({seconds} s)")
-
-
-def arrivals(rate: float, generator: random.Random) -> Iterator[float]:
-    """Yields the times of a Poisson process."""
-    now = 0.0
-    while True:
-        now += generator.expovariate(rate)
-        yield now
-
-
-def read_trace(path: Path, *, limit: int, rate: float) -> list[Load]:
-    """Reads a trace in Mooncake's format, in its order, at a rate of ours."""
-    loads = []
-    times = arrivals(rate, random.Random(SEED))
-    with path.open(encoding="utf-8") as lines:
-        for line in itertools.islice(lines, limit):
-            entry = json.loads(line)
-            loads.append(
-                Load(
-                    arrival_seconds=next(times),
-                    block_ids=entry["hash_ids"],
-                    prompt_tokens=max(1, entry["input_length"] // TRACE_SCALE),
-                    output_tokens=max(1, entry["output_length"] // TRACE_SCALE),
-                )
-            )
-    return loads
-
-
-def shared_prefix(*, limit: int, rate: float, groups: int = 24) -> list[Load]:
-    """Makes prompts that share one of some system prompts of 1,024 tokens, and 256 tokens of their own."""
-    generator = random.Random(SEED)
-    times, own = arrivals(rate, generator), itertools.count(1_000_000)
-    return [
-        Load(
-            next(times),
-            [
-                *range(100 * (group := generator.randrange(groups)), 100 * group + 16),
-                *itertools.islice(own, 4),
-            ],
-            20 * TRACE_BLOCK_TOKENS,
-            generator.randrange(16, 64),
-        )
-        for _ in range(limit)
-    ]
-
-
-def one_prefix(*, limit: int, rate: float) -> list[Load]:
-    """Makes prompts that all share 1,024 tokens and have 64 of their own."""
-    generator = random.Random(SEED)
-    times = arrivals(rate, generator)
-    return [
-        Load(
-            next(times),
-            [*range(16), 1_000_000 + number],
-            17 * TRACE_BLOCK_TOKENS,
-            generator.randrange(16, 64),
-        )
-        for number in range(limit)
-    ]
-
-
-def multi_turn(*, limit: int, rate: float, chats: int = 240, turns: int = 5) -> list[Load]:
-    """Makes chats that grow by 192 tokens a turn behind one of 24 system prompts of 512 tokens."""
-    generator = random.Random(SEED)
-    times, own = arrivals(rate, generator), itertools.count(1_000_000)
-    live: list[list[int]] = []
-    ages: list[int] = []
-    loads = []
-    for _ in range(limit):
-        if len(live) < chats:
-            group = generator.randrange(24)
-            live.append(list(range(100 * group, 100 * group + 8)))
-            ages.append(0)
-            at = len(live) - 1
-        else:
-            at = generator.randrange(chats)
-        live[at] = [*live[at], *itertools.islice(own, 3)]
-        ages[at] += 1
-        loads.append(
-            Load(next(times), live[at], len(live[at]) * TRACE_BLOCK_TOKENS, generator.randrange(16, 96))
-        )
-        if ages[at] == turns:
-            live.pop(at)
-            ages.pop(at)
-    return loads
-
-
-def random_prompts(*, limit: int, rate: float) -> list[Load]:
-    """Makes prompts of 64 to 4,096 tokens that share nothing."""
-    generator = random.Random(SEED)
-    times, own = arrivals(rate, generator), itertools.count(1_000_000)
-    return [
-        Load(
-            next(times),
-            list(itertools.islice(own, blocks := int(2 ** generator.uniform(0, 6)))),
-            blocks * TRACE_BLOCK_TOKENS,
-            generator.randrange(8, 64),
-        )
-        for _ in range(limit)
-    ]
-
-
-GENERATORS: dict[str, Callable[..., list[Load]]] = {
-    "shared-prefix": shared_prefix,
-    "one-prefix": one_prefix,
-    "multi-turn": multi_turn,
-    "random": random_prompts,
-}
-
-
-def ideal_hit_rate(loads: Sequence[Load]) -> float:
-    """Returns the share of prompt tokens that one endless cache would hit."""
-    seen: set[int] = set()
-    hit = total = 0
-    for load in loads:
-        matched = 0
-        for block in load.block_ids:
-            if block not in seen:
-                break
-            matched += 1
-        hit += min(matched * TRACE_BLOCK_TOKENS, (load.prompt_tokens - 1) // BLOCK_TOKENS * BLOCK_TOKENS)
-        total += load.prompt_tokens
-        seen.update(load.block_ids)
-    return hit / total
 
 
 @dataclass
@@ -270,33 +140,38 @@ class Simulation:
         engines: int,
         blocks: int,
         routers: int,
-        timing: StepTiming,
+        timing: StepTiming | Sequence[StepTiming],
         exact: bool = False,
+        block_tokens: int = BLOCK_TOKENS,
+        seed: int = SEED,
     ) -> None:
         self._clock = VirtualClock()
         self._order = itertools.count()
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._strategy = strategy
+        timings = [timing] * engines if isinstance(timing, StepTiming) else timing
         self._engines = [
             _Engine(
                 EngineModel(
                     EngineLimits(
-                        max_model_length_tokens=min(MODEL_LENGTH_TOKENS, (blocks - 1) * BLOCK_TOKENS),
-                        block_size_tokens=BLOCK_TOKENS,
+                        max_model_length_tokens=min(MODEL_LENGTH_TOKENS, (blocks - 1) * block_tokens),
+                        block_size_tokens=block_tokens,
                         block_count=blocks,
                         kv_events=exact,
                     ),
-                    timing,
+                    each_timing,
                 ),
                 Endpoint(
                     "a", "d", f"engine-{n}", "http://e", "d", "m", EndpointState.READY, "i", 1, f"node-{n}"
                 ),
             )
-            for n in range(engines)
+            for n, each_timing in enumerate(timings)
         ]
         self._endpoints = [each.endpoint for each in self._engines]
         self._by_replica = {each.endpoint.replica: each for each in self._engines}
         self._blocks = blocks
+        self._block_tokens = block_tokens
+        self._seed = seed
         self._routers = []
         for _ in range(routers):
             loads, samples = LoadTable(), SampleTable(self._clock)
@@ -317,22 +192,25 @@ class Simulation:
     def run(self, requests: Sequence[Load]) -> Result:
         """Sends all requests and waits for the last answer."""
         began = time.perf_counter()
-        chooser = random.Random(SEED)
         self._left = len(requests)
         for engine in self._engines:
             self._at(0.0, partial(self._sample, engine))
-        for number, request in enumerate(requests):
-            router = chooser.choice(self._routers)
-            self._at(
-                request.arrival_seconds,
-                partial(self._arrive, number, request, router),
-            )
+        self._begin(requests)
         while self._left:
             self._clock.seconds, _, action = heapq.heappop(self._events)
             action()
         self._result.wall_seconds = time.perf_counter() - began
         self._result.preemptions = sum(each.model.counters.preemptions for each in self._engines)
         return self._result
+
+    def _begin(self, requests: Sequence[Load]) -> None:
+        chooser = random.Random(self._seed)
+        for number, request in enumerate(requests):
+            router = chooser.choice(self._routers)
+            self._at(
+                request.arrival_seconds,
+                partial(self._arrive, number, request, router),
+            )
 
     def _at(self, seconds: float, action: Callable[[], None]) -> None:
         heapq.heappush(self._events, (seconds, next(self._order), action))
@@ -345,8 +223,8 @@ class Simulation:
             running_requests=engine.model.running_count,
             waiting_requests=engine.model.waiting_count,
             kv_usage_ratio=engine.model.pool.usage_fraction,
-            kv_cache_tokens=(self._blocks - 1) * BLOCK_TOKENS,
-            kv_block_tokens=BLOCK_TOKENS,
+            kv_cache_tokens=(self._blocks - 1) * self._block_tokens,
+            kv_block_tokens=self._block_tokens,
         )
         for router in self._routers:
             router.samples.record(stats, own_in_flight=router.loads.take_peak(engine.endpoint.replica))
@@ -355,7 +233,29 @@ class Simulation:
     def _arrive(self, number: int, load: Load, router: _Router) -> None:
         # Four characters for a token, so that blocks of text are blocks of tokens.
         text = "".join(f"{block:>8}" * (TRACE_BLOCK_TOKENS // 2) for block in load.block_ids)
-        document = {"prompt": text[: load.prompt_tokens * 4]}
+        tokens = [
+            block * TRACE_BLOCK_TOKENS + at for block in load.block_ids for at in range(TRACE_BLOCK_TOKENS)
+        ]
+        self._send(
+            number,
+            load,
+            router,
+            document={"prompt": text[: load.prompt_tokens * 4]},
+            tokens=tokens[: load.prompt_tokens],
+            output_token=lambda index: -1 - (number << 16) - index,
+        )
+
+    def _send(
+        self,
+        number: int,
+        load: Load,
+        router: _Router,
+        *,
+        document: Mapping[str, Any],
+        tokens: list[int],
+        output_token: Callable[[int], int],
+    ) -> None:
+        """Picks an engine for a request and gives it to that."""
         context = RequestContext(
             request_id=str(number),
             route="/v1/completions",
@@ -366,27 +266,21 @@ class Simulation:
             body=b"",
             prompt=router.selector.read_prompt(document, self._endpoints, namespace="a", deployment="d"),
         )
-        tokens = [
-            block * TRACE_BLOCK_TOKENS + at for block in load.block_ids for at in range(TRACE_BLOCK_TOKENS)
-        ]
         if router.selector.exact is not None:
-            context.exact = hashed(tokens[: load.prompt_tokens], (BLOCK_TOKENS,), None)
+            context.exact = hashed(tokens, (self._block_tokens,), None)
         chosen = router.selector.choose(context, self._endpoints)
         assert chosen is not None
         flight = router.selector.send(context, chosen)
         engine = self._by_replica[chosen.endpoint.replica]
         sequence = engine.model.submit(
-            SequenceRequest(
-                tokens[: load.prompt_tokens],
-                load.output_tokens,
-                "length",
-                lambda index: -1 - (number << 16) - index,
-            ),
-            self._clock.seconds,
+            SequenceRequest(tokens, load.output_tokens, "length", output_token), self._clock.seconds
         )
         engine.running[sequence] = (load, flight)
         if not engine.busy:
             self._step(engine)
+
+    def _ended(self, load: Load) -> None:
+        """An answer is complete; for loads that hang on answers."""
 
     def _tell(self, engine: _Engine, events: Sequence[KvEvent]) -> None:
         """Brings an engine's KV events to every router."""
@@ -428,6 +322,7 @@ class Simulation:
             self._result.prompt_tokens += load.prompt_tokens
             self._result.tokens_at[self._engines.index(engine)] += load.prompt_tokens + load.output_tokens
             self._left -= 1
+            self._ended(load)
         self._step(engine)
 
 
@@ -463,6 +358,7 @@ def main() -> None:
     parser.add_argument("--load", choices=sorted(GENERATORS), default="multi-turn")
     parser.add_argument("--rate", type=float, default=45.0, help="requests per second")
     parser.add_argument("--requests", type=int, default=3000)
+    parser.add_argument("--seed", type=int, default=SEED, help="of arrivals and of generated loads")
     parser.add_argument("--engines", type=int, default=8)
     parser.add_argument("--blocks", type=int, default=8000, help="KV blocks of 16 tokens of each engine")
     parser.add_argument("--prefill-rate", type=float, default=11_000.0, help="tokens per second of an engine")
@@ -471,9 +367,9 @@ def main() -> None:
     parser.add_argument("--strategies", nargs="+", default=STRATEGIES, help="as the router takes them")
     options = parser.parse_args()
     if options.trace is None:
-        loads = GENERATORS[options.load](limit=options.requests, rate=options.rate)
+        loads = GENERATORS[options.load](limit=options.requests, rate=options.rate, seed=options.seed)
     else:
-        loads = read_trace(options.trace, limit=options.requests, rate=options.rate)
+        loads = read_trace(options.trace, limit=options.requests, rate=options.rate, seed=options.seed)
     ideal = ideal_hit_rate(loads)
     print(
         f"\n{options.load if options.trace is None else options.trace.name}, {len(loads)} requests at "
@@ -489,6 +385,7 @@ def main() -> None:
             blocks=options.blocks,
             routers=options.routers,
             exact=options.exact,
+            seed=options.seed,
             timing=StepTiming(prefill_tokens_per_second=options.prefill_rate),
         )
         print(row(simulation.run(loads), ideal), flush=True)

@@ -121,6 +121,8 @@ def _stats(
     stats = stats_pb2.EngineStats(replica=of.replica, incarnation=of.incarnation)
     stats.sample_time.CopyFrom(to_timestamp(clock.now()))
     stats.sample_time.seconds -= int(age)
+    # Small, so that what is remembered is not all in the cache.
+    stats.kv_cache_tokens, stats.kv_block_tokens = 64 * 5, 16
     if running is not None:
         stats.running_requests = running
     if waiting is not None:

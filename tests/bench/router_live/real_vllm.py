@@ -37,7 +37,8 @@ from nodeagent.engines.vllm import VllmAdapter
 from tests.bench.router_live.native import Unavailable
 from tests.bench.router_live.processes import Cores, pinned, wait_answering
 from tests.bench.router_live.targets import TARGETS, Site, Target
-from tests.bench.router_trace import SEED, percentile
+from tests.bench.router_loads import SEED
+from tests.bench.router_trace import percentile
 from tests.support.ports import free_ports
 
 ENGINES, BLOCKS, BLOCK_TOKENS = 3, 500, 32
@@ -129,14 +130,14 @@ async def vllm_engines(site: Site) -> AsyncIterator[list[str]]:
         yield urls
 
 
-def _text(generator: random.Random, words: int) -> str:
+def random_text(generator: random.Random, words: int) -> str:
     return " ".join(generator.choices(_WORDS, k=words))
 
 
-def make_chats(count: int) -> list[Chat]:
+def make_chats(count: int, *, seed: int = SEED) -> list[Chat]:
     """Makes chats that begin with one of the system prompts, in turns."""
-    generator = random.Random(SEED)
-    systems = [_text(generator, SYSTEM_WORDS) for _ in range(SYSTEM_PROMPTS)]
+    generator = random.Random(seed)
+    systems = [random_text(generator, SYSTEM_WORDS) for _ in range(SYSTEM_PROMPTS)]
     return [Chat([{"role": "system", "content": systems[at % SYSTEM_PROMPTS]}]) for at in range(count)]
 
 
@@ -146,7 +147,9 @@ async def run_chats(target: Target, model: str, count: int) -> Outcome:
     chats = make_chats(count)
     order = [at for at in range(count) for _ in range(TURNS)]
     generator.shuffle(order)
-    questions = {(at, turn): _text(generator, USER_WORDS) for turn in range(TURNS) for at in range(count)}
+    questions = {
+        (at, turn): random_text(generator, USER_WORDS) for turn in range(TURNS) for at in range(count)
+    }
     turns = dict.fromkeys(range(count), 0)
     outcome = Outcome()
     pending = iter(order)

@@ -3,7 +3,7 @@
     python -m tests.bench.router_live.replay --trace FILE [--rate 45] [--requests 3000] [--routers 1 2]
     python -m tests.bench.router_live.replay --load one-prefix --targets millrace sglang-router
 
-In: requests with arrival times (`tests.bench.router_trace` reads and makes them). Out: a Markdown table. Open
+In: requests with arrival times (`tests.bench.router_loads` reads and makes them). Out: a Markdown table. Open
 loop: a request leaves at its time, whatever became of those before. Every target has a fresh fleet of
 `millrace-simulator` (eight engines in one process), so that no cache is warm from the target before it, and
 the hit rate is what the engines themselves counted. Prompts are made so that a token of the simulator is four
@@ -33,16 +33,16 @@ from nodeagent.engines.metrics_text import VLLM_NAMES, parse_stats
 from tests.bench.router_live.native import Unavailable
 from tests.bench.router_live.processes import Cores, Pinned, pinned, wait_answering
 from tests.bench.router_live.targets import TARGETS, Site, Target, open_targets
-from tests.bench.router_trace import (
+from tests.bench.router_loads import (
     BLOCK_TOKENS,
     GENERATORS,
     SEED,
     TRACE_BLOCK_TOKENS,
     Load,
     ideal_hit_rate,
-    percentile,
     read_trace,
 )
+from tests.bench.router_trace import percentile
 from tests.support.ports import consecutive_ports
 
 REFERENCE = "sglang-router"

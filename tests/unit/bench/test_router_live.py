@@ -6,8 +6,8 @@ from nodeagent.engines.simulator.tokenizer import encode
 from tests.bench import router_faults, router_soak
 from tests.bench.router_live.real_vllm import BLOCK_TOKENS, _chain
 from tests.bench.router_live.replay import prompt_of
-from tests.bench.router_trace import BLOCK_TOKENS as SIMULATED_BLOCK_TOKENS
-from tests.bench.router_trace import GENERATORS, TRACE_BLOCK_TOKENS, Load
+from tests.bench.router_loads import BLOCK_TOKENS as SIMULATED_BLOCK_TOKENS
+from tests.bench.router_loads import GENERATORS, TRACE_BLOCK_TOKENS, Load
 from tests.support.load import Outcome
 
 

@@ -6,18 +6,16 @@ from pathlib import Path
 import pytest
 
 from nodeagent.engines.simulator.settings import StepTiming
-from tests.bench.router_trace import (
+from tests.bench.router_loads import (
     Load,
-    Result,
-    Simulation,
     ideal_hit_rate,
     multi_turn,
     one_prefix,
-    percentile,
     random_prompts,
     read_trace,
     shared_prefix,
 )
+from tests.bench.router_trace import Result, Simulation, percentile
 
 
 def _run(loads: list[Load], strategy: str, *, routers: int = 1) -> Result:

@@ -9,11 +9,12 @@ from hypothesis import strategies as st
 from millrace.core.v1 import stats_pb2
 
 from core.clock import to_timestamp
-from router.picking.contract import RequestContext
+from router.picking.contract import Candidate, RequestContext
 from router.picking.eligibility import eligible
 from router.picking.prefill_ledger import Entry, PrefillLedger
 from router.picking.registry import build_strategy
 from router.picking.selector import Flight, Selector
+from router.prefix.index import REMEMBERED
 from router.upstream.loads import LoadTable
 from router.view.samples import SampleTable
 from router.view.view import Endpoint, EndpointState
@@ -90,7 +91,7 @@ def test_blocks_and_capacity_are_the_engines_own() -> None:
             replica=each.replica,
             incarnation=each.incarnation,
             sample_time=to_timestamp(clock.now()),
-            kv_cache_tokens=96 * 3,
+            kv_cache_tokens=96,
             kv_block_tokens=48,
         )
         samples.record(stats, own_in_flight=0)
@@ -101,7 +102,23 @@ def test_blocks_and_capacity_are_the_engines_own() -> None:
     chosen = selector.choose(context, ENDPOINTS)
     assert chosen is not None
     selector.send(context, chosen).close()
-    assert selector.index.blocks_at(chosen.endpoint.identity) == 3
+    assert selector.index.blocks_at(chosen.endpoint.identity) == REMEMBERED
+
+
+def test_new_prefixes_settle_where_caches_turn_over_slowly() -> None:
+    selector = _selector()
+    for number in range(9):
+        # Two of three went to the first engine; nothing is in flight any more.
+        context = _request(selector, f"{number:04d}" + PROMPT)
+        at = ENDPOINTS[0 if number % 3 else 1]
+        selector.send(context, Candidate(at, None, 0)).close()
+    fresh = _request(selector, "new" + PROMPT)
+    chosen = selector.choose(fresh, ENDPOINTS[:2])
+    assert chosen is not None
+    assert chosen.endpoint.replica == ENDPOINTS[1].replica
+    known = selector.choose(_request(selector, "0001" + PROMPT), ENDPOINTS[:2])
+    assert known is not None
+    assert known.endpoint.replica == ENDPOINTS[0].replica
 
 
 def test_weights_say_how_endpoints_compare_and_not_how_much_load_counts() -> None:
