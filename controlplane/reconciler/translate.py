@@ -14,9 +14,9 @@ from google.protobuf.message import Message
 from millrace.core.v1 import deployment_pb2, endpoint_pb2, replica_pb2, types_pb2
 from millrace.state.v1 import records_pb2
 
-from controlplane.convert import served_model_name
 from controlplane.knowledge.environments import Environments
 from controlplane.reconciler.endpoints import endpoints, measured_start
+from controlplane.reconciler.launches import launch_of
 from controlplane.reconciler.rollouts import keep_autoscale, launched_record, record_rollout
 from controlplane.reconciler.view import Grouped, View
 from controlplane.scheduler import Conclusion, Condition, Drain, Place, Plan, Remove, Truth
@@ -287,7 +287,7 @@ class _Scribe:
                 replica_pb2.DeviceClaim(device_id=claim.device_id, memory_bytes=claim.memory_bytes)
                 for claim in place.claims
             ],
-            launch=self._suited(_launch(record, place.external_url), place),
+            launch=self._suited(launch_of(record, place.external_url), place),
             desired_state=types_pb2.REPLICA_STATE_READY,
             fencing_token=self.fencing_token,
             create_time=to_timestamp(self.now),
@@ -477,23 +477,6 @@ def _write_preemption(after: records_pb2.DeploymentPlanRecord, conclusion: Concl
         after.preemption.replica = lost.replica
         after.preemption.node = lost.node
         after.preemption.time.CopyFrom(to_timestamp(lost.time))
-
-
-def _launch(record: records_pb2.DeploymentRecord, external_url: str) -> replica_pb2.LaunchSpec:
-    spec, sizing = record.spec, record.sizing
-    # An explicit share of the device leaves the size of the cache to the engine.
-    by_share = "gpu_memory_utilization" in spec.extra_args.fields
-    return replica_pb2.LaunchSpec(
-        engine=spec.engine,
-        model=sizing.launch_model or spec.model,
-        served_model_name=served_model_name(record.name, spec),
-        max_model_len=sizing.max_model_len,
-        tensor_parallel=sizing.tensor_parallel,
-        quantization=spec.quantization,
-        kv_cache_bytes=0 if by_share else sizing.kv_cache_bytes,
-        extra_args=spec.extra_args,
-        external_url=external_url,
-    )
 
 
 def _was_unschedulable(record: records_pb2.DeploymentPlanRecord | None) -> bool:
