@@ -161,7 +161,7 @@ class BundledModel:
             "messages": [{"role": "user", "content": QUESTION}],
             "temperature": 0,
             # The simulator gives the question back, again and again: once is enough.
-            "max_tokens": 5 if self._options.engine == "simulator" else 128,
+            "max_tokens": 4 if self._options.engine == "simulator" else 128,
         }
         deadline, problem = time.monotonic() + 60.0, "no attempt was made"
         timeout = aiohttp.ClientTimeout(total=60.0)

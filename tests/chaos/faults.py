@@ -325,6 +325,6 @@ SHORT = {
     "control plane that leads: kill -9": 4,
     "agent: kill -9": 0,
     "engine: kill -9": 0,
-    "etcd member that leads: kill -9": 2,
-    "leading control plane / etcd cut both ways, 60 s": 5,
+    "etcd member that leads: kill -9": 1,
+    "leading control plane / etcd cut both ways, 60 s": 4,
 }
