@@ -49,7 +49,8 @@ from router.upstream.pool import UpstreamPool
 from router.view.source import ViewSource
 from router.wire.deadlines import Deadlines
 from router.wire.downstream import WireDownstream
-from router.wire.server import WireRequest, WireRunner
+from router.wire.request import WireRequest
+from router.wire.server import WireRunner
 
 _log = structlog.get_logger(__name__)
 

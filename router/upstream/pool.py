@@ -12,6 +12,7 @@ import socket
 import ssl
 from collections.abc import Collection, Sequence
 from contextlib import suppress
+from typing import cast
 from urllib.parse import urlsplit
 
 from core.clock import Clock
@@ -164,7 +165,7 @@ class UpstreamPool:
         for address in await self._resolve(origin):
             try:
                 _, connection = await loop.create_connection(
-                    lambda: Connection(origin, self._clock.monotonic),
+                    lambda: cast("asyncio.Protocol", Connection(origin, self._clock.monotonic)),
                     address,
                     origin.port,
                     ssl=self._context() if origin.secure else None,
@@ -175,7 +176,7 @@ class UpstreamPool:
             except OSError as error:
                 failure = error
             else:
-                return connection
+                return cast("Connection", connection)
         raise failure or OSError(f"{origin.host} has no address")
 
     async def _resolve(self, origin: Origin) -> Sequence[str]:
