@@ -64,6 +64,7 @@ MODULES = (
     "router/prefix/prompt.py",
     "router/prefix/rendezvous.py",
     "router/record.py",
+    "router/serving.py",
     "router/upstream/answer.py",
     "router/upstream/budget.py",
     "router/upstream/connection.py",
