@@ -21,10 +21,8 @@ if TYPE_CHECKING:
 _JOINED_BYTES_MAX = 64 * 1024
 
 
-class Connection:
+class Connection(asyncio.Protocol):
     """A connection and who waits for its bytes.
-
-    It has what asyncio asks of a protocol and does not extend `asyncio.Protocol`, so that it can be compiled.
 
     Attributes:
         reusable: Another request may follow.
@@ -116,12 +114,3 @@ class Connection:
         self._origin.lost(self)
         if self._answer is not None:
             self._answer.connection_ended(exc)
-
-    def eof_received(self) -> None:
-        """The engine sends no more: the transport closes."""
-
-    def pause_writing(self) -> None:
-        """The transport holds more than is good: one request, which is bounded already."""
-
-    def resume_writing(self) -> None:
-        """The transport holds little again."""

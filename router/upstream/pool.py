@@ -12,7 +12,6 @@ import socket
 import ssl
 from collections.abc import Collection, Sequence
 from contextlib import suppress
-from typing import cast
 from urllib.parse import urlsplit
 
 from core.clock import Clock
@@ -165,7 +164,7 @@ class UpstreamPool:
         for address in await self._resolve(origin):
             try:
                 _, connection = await loop.create_connection(
-                    lambda: cast("asyncio.Protocol", Connection(origin, self._clock.monotonic)),
+                    lambda: Connection(origin, self._clock.monotonic),
                     address,
                     origin.port,
                     ssl=self._context() if origin.secure else None,
@@ -176,7 +175,7 @@ class UpstreamPool:
             except OSError as error:
                 failure = error
             else:
-                return cast("Connection", connection)
+                return connection
         raise failure or OSError(f"{origin.host} has no address")
 
     async def _resolve(self, origin: Origin) -> Sequence[str]:
