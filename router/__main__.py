@@ -6,6 +6,7 @@ is the worker.
 """
 
 import asyncio
+import gc
 import os
 import resource
 import socket
@@ -30,6 +31,9 @@ from router.supervisor import WORKER_VARIABLE, Supervisor
 _log = structlog.get_logger(__name__)
 
 _PROGRAM = "millrace-router"
+
+# Objects between two collections of the young: some hundred requests' worth, a few megabytes.
+_YOUNG_OBJECTS_MAX = 50_000
 
 
 def main() -> None:
@@ -65,6 +69,7 @@ def run(arguments: Sequence[str]) -> int:
     except PortTaken as error:
         give_up(_PROGRAM, 1, str(error))
     _raise_file_limit()
+    _spare_collections()
     with listener:
         if inherited is None and settings.workers > 1:
             return _run(_supervise(settings, list(arguments), listener))
@@ -137,6 +142,17 @@ def _raise_file_limit() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _spare_collections() -> None:
+    """Has the collector of cycles look seldom, and never at what stays: it took an eighth of a request.
+
+    Requests leave no cycles behind, but they leave decisions and streams that are alive, which the collector
+    would go through again and again. A full collection still comes when what is alive has grown by a quarter.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(_YOUNG_OBJECTS_MAX, 20, 20)
 
 
 def _run(body: Coroutine[Any, Any, None]) -> int:

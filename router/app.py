@@ -23,7 +23,6 @@ from core.store import Store
 from core.telemetry import (
     REQUEST_ID_HEADER,
     TRACE_PARENT_HEADER,
-    new_identifiers,
     new_trace_parent,
     request_id_of,
     trace_id_of,
@@ -36,11 +35,11 @@ from router.metering.usage import UsageSink
 from router.metrics import MULTIPROCESS_VARIABLE, RouterMetrics
 from router.openai import errors
 from router.openai.errors import Reason, Refusal
-from router.openai.routes import INFERENCE_ROUTES, shape_of
-from router.openai.shapes import refusal_body
+from router.openai.routes import INFERENCE_ROUTES
 from router.openai.surface import OpenAISurface, refusal_of_http, refusal_response
 from router.picking.contract import Strategy
 from router.record import CLIENT_CLOSED_REQUEST, RECORD, RequestRecord
+from router.serving import WireServing
 from router.settings import RouterSettings
 from router.upstream.failures import Cause
 from router.upstream.forward import Forwarder
@@ -48,8 +47,7 @@ from router.upstream.loads import LoadTable
 from router.upstream.pool import UpstreamPool
 from router.view.source import ViewSource
 from router.wire.deadlines import Deadlines
-from router.wire.downstream import WireDownstream
-from router.wire.server import WireRequest, WireRunner
+from router.wire.server import WireRunner
 
 _log = structlog.get_logger(__name__)
 
@@ -73,7 +71,7 @@ class RouterApplication:
         source: The view.
         director: Serves requests.
         metrics: What is counted.
-        in_flight: Requests that have begun and not ended.
+        serving: Serves the hot path, and counts all requests.
     """
 
     def __init__(
@@ -116,9 +114,6 @@ class RouterApplication:
         )
         folder = os.environ.get(MULTIPROCESS_VARIABLE)
         self._siblings = Siblings(None if folder is None else Path(folder), self._decision)
-        self.in_flight = 0
-        self._idle = asyncio.Event()
-        self._idle.set()
         self._clock = clock
         self._admin = TokenAuthenticator({admin_token: Principal("admin", Role.ADMIN)})
         self._surface = OpenAISurface(
@@ -126,6 +121,7 @@ class RouterApplication:
             body_bytes_max=settings.request_body_bytes_max,
             body_timeout_seconds=settings.body_timeout_seconds,
         )
+        self.serving = WireServing(self._surface, self.metrics, self._access_log, clock)
         # The surface reads bodies within bounds of its own.
         self.application = web.Application(middlewares=[self._account], client_max_size=0)
         self._surface.add_routes(self.application.router)
@@ -151,15 +147,6 @@ class RouterApplication:
         if self._exact is not None:
             services["kv-events"] = self._exact.run()
         return services
-
-    async def wait_idle(self, timeout_seconds: float) -> bool:
-        """Waits until no request is in flight; tells whether that came about in time."""
-        try:
-            async with asyncio.timeout(timeout_seconds):
-                await self._idle.wait()
-        except TimeoutError:
-            return False
-        return True
 
     async def close(self) -> None:
         """Closes the connections to engines and writes what is left of the log."""
@@ -193,7 +180,7 @@ class RouterApplication:
         return WireRunner(
             self.application,
             routes={route.encode(): route for route in INFERENCE_ROUTES},
-            serve=self._serve,
+            serve=self.serving.serve,
             access_log=None,
             # A client that has left must free its engine at once.
             handler_cancellation=True,
@@ -202,68 +189,11 @@ class RouterApplication:
             **options,
         )
 
-    async def _serve(self, request: WireRequest, downstream: WireDownstream) -> None:
-        """Serves a request of the hot path: what `_account` and `_guarded` do for aiohttp's."""
-        head = request.head
-        request_id, trace_parent = new_identifiers()
-        request_id = head.request_id or request_id
-        trace_parent = head.trace_parent or trace_parent
-        record = RequestRecord(
-            request_id=request_id,
-            trace_id=head.trace_id or trace_parent[3:35],
-            trace_parent=trace_parent,
-            method="POST",
-            route=head.route,
-            started_seconds=self._clock.monotonic(),
-        )
-        downstream.identify(request_id)
-        self._begin()
-        try:
-            await self._surface.infer(request, record, downstream)
-        except asyncio.CancelledError:
-            record.status, record.reason = CLIENT_CLOSED_REQUEST, Reason.CLIENT_DISCONNECTED
-            raise
-        except Refusal as refusal:
-            self._refuse_on_wire(refusal, record, downstream)
-        except Exception:  # noqa: BLE001 - the client gets an answer in any case, the operator the trace
-            _log.exception("request failed inside the router", request_id=request_id)
-            self._refuse_on_wire(errors.internal_error(), record, downstream)
-        finally:
-            record.end(self.metrics, self._access_log, self._clock)
-            self._end()
-
-    @staticmethod
-    def _refuse_on_wire(refusal: Refusal, record: RequestRecord, downstream: WireDownstream) -> None:
-        record.reason, record.status = refusal.why, refusal.status
-        if downstream.started:
-            downstream.abort()
-            return
-        body = refusal_body(refusal, shape_of(record.route), record.request_id)
-        downstream.closes = refusal.headers.get(hdrs.CONNECTION) == "close"
-        headers = {name: value for name, value in refusal.headers.items() if name != hdrs.CONNECTION}
-        downstream.start(
-            refusal.status,
-            {"Content-Type": "application/json", errors.REASON_HEADER: refusal.why.value, **headers},
-            length=len(body),
-        )
-        downstream.write(body)
-        downstream.end()
-
-    def _begin(self) -> None:
-        self.metrics.request_started()
-        self.in_flight += 1
-        self._idle.clear()
-
-    def _end(self) -> None:
-        self.in_flight -= 1
-        if self.in_flight == 0:
-            self._idle.set()
-
     @web.middleware
     async def _account(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         record = self._open_record(request)
         request[RECORD] = record
-        self._begin()
+        self.serving.begin()
         try:
             response = await self._guarded(request, handler, record)
         except asyncio.CancelledError:
@@ -275,7 +205,7 @@ class RouterApplication:
             return response
         finally:
             record.end(self.metrics, self._access_log, self._clock)
-            self._end()
+            self.serving.end()
 
     async def _guarded(
         self, request: web.Request, handler: Handler, record: RequestRecord

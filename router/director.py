@@ -7,8 +7,8 @@ endpoint is tried only before the first byte has gone to the client (law 6).
 """
 
 import asyncio
-from collections.abc import Iterator
-from contextlib import contextmanager
+from types import TracebackType
+from typing import Self
 
 import structlog
 
@@ -49,6 +49,38 @@ ATTEMPTS_MAX = 3
 FRESH_ENDPOINT_WAIT_SECONDS = 1.0
 # 48 bits tell a tenant's keys apart, and give nothing away.
 KEY_HASH_PREFIX_CHARACTERS = 12
+
+
+class Admission:
+    """How many requests this worker holds, each for as long as the block of a `with` runs."""
+
+    __slots__ = ("_held", "_held_max")
+
+    def __init__(self, held_max: int) -> None:
+        self._held = 0
+        self._held_max = held_max
+
+    def enter(self) -> Self:
+        """Counts a request in; the block that follows counts it out.
+
+        Raises:
+            Refusal: There are as many as there may be.
+        """
+        if self._held >= self._held_max:
+            raise errors.router_overloaded(self._held_max)
+        self._held += 1
+        return self
+
+    def __enter__(self) -> None:
+        """Begins the block of a request that is counted already."""
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._held -= 1
 
 
 class Director:
@@ -98,8 +130,7 @@ class Director:
         self._timeouts = timeouts
         self._metrics = metrics
         self._clock = clock
-        self._admitted = 0
-        self._admitted_max = requests_in_flight_max
+        self._admission = Admission(requests_in_flight_max)
         source.subscribe(self._view_changed)
 
     def _view_changed(self, view: View) -> None:
@@ -130,20 +161,13 @@ class Director:
         record.namespace, record.key_hash, record.tier = tenant.name, key.key_hash, key.tier
         return tenant
 
-    @contextmanager
-    def admit(self) -> Iterator[None]:
-        """Lets a request in for as long as the block runs.
+    def admit(self) -> "Admission":
+        """Lets a request in for as long as the block of a `with` runs.
 
         Raises:
             Refusal: This worker holds as many as it may.
         """
-        if self._admitted >= self._admitted_max:
-            raise errors.router_overloaded(self._admitted_max)
-        self._admitted += 1
-        try:
-            yield
-        finally:
-            self._admitted -= 1
+        return self._admission.enter()
 
     def resolve(self, tenant: Tenant, model: str, session: str = "") -> Deployment:
         """Finds the deployment that a request for a model goes to.

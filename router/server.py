@@ -181,10 +181,10 @@ async def _drain(
     await asyncio.sleep(0)
     if runner.server is not None:
         runner.server.pre_shutdown()
-    _log.info("router stops accepting", in_flight=router.in_flight)
+    _log.info("router stops accepting", in_flight=router.serving.in_flight)
     # The view goes on meanwhile: what is in flight may still have to fail over.
-    if not await router.wait_idle(seconds):
-        _log.warning("drain period is over, requests are cut off", in_flight=router.in_flight)
+    if not await router.serving.wait_idle(seconds):
+        _log.warning("drain period is over, requests are cut off", in_flight=router.serving.in_flight)
     await runner.cleanup()
     drained.set()
     await asyncio.Event().wait()

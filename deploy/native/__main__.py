@@ -20,13 +20,35 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 TREE = REPOSITORY / ".millrace" / "native"
 
 # What a request goes through. Not among them: classes that extend asyncio's or aiohttp's (mypyc gains
-# nothing), runtime-checkable protocols (mypyc refuses them), and what runs once (settings, app, server).
+# nothing), runtime-checkable protocols (mypyc refuses them), generic dataclasses with slots (they fail at
+# import), what runs once (settings, supervisor, server), and `prefix/chain`, whose list grows by reading
+# itself: a compiled `extend` copies its argument first, and the chain would have one hash.
 MODULES = (
     "router/access_log.py",
+    "router/admission/drain_rate.py",
+    "router/admission/first_token.py",
+    "router/admission/gate.py",
+    "router/admission/lane.py",
+    "router/admission/saturation.py",
+    "router/call.py",
+    "router/candidates.py",
+    "router/decisions/log.py",
+    "router/decisions/why.py",
+    "router/delivery.py",
     "router/director.py",
+    "router/metering/ask.py",
+    "router/metering/request.py",
+    "router/metering/stream.py",
+    "router/metering/usage.py",
+    "router/metering/whole.py",
     "router/metrics.py",
     "router/openai/body.py",
+    "router/openai/events.py",
+    "router/openai/multipart.py",
     "router/openai/surface.py",
+    "router/picking/columns.py",
+    "router/picking/compiled.py",
+    "router/picking/decision.py",
     "router/picking/eligibility.py",
     "router/picking/full_cache_guard.py",
     "router/picking/highest_score.py",
@@ -35,15 +57,16 @@ MODULES = (
     "router/picking/neutral.py",
     "router/picking/pending.py",
     "router/picking/prefill_ledger.py",
+    "router/picking/request.py",
     "router/picking/rotation.py",
     "router/picking/round_robin.py",
     "router/picking/selector.py",
     "router/prefix/canonical.py",
-    "router/prefix/chain.py",
     "router/prefix/index.py",
     "router/prefix/prompt.py",
     "router/prefix/rendezvous.py",
     "router/record.py",
+    "router/serving.py",
     "router/upstream/answer.py",
     "router/upstream/budget.py",
     "router/upstream/failures.py",
@@ -51,6 +74,7 @@ MODULES = (
     "router/upstream/headers.py",
     "router/upstream/health.py",
     "router/upstream/loads.py",
+    "router/upstream/pool.py",
     "router/upstream/relay.py",
     "router/view/samples.py",
     "router/view/view.py",
@@ -58,6 +82,7 @@ MODULES = (
     "router/wire/deadlines.py",
     "router/wire/downstream.py",
     "router/wire/headers.py",
+    "router/wire/request.py",
     "router/wire/request_head.py",
     "router/wire/response_head.py",
     "router/wire/task.py",
@@ -113,6 +138,18 @@ def build(tree: Path = TREE) -> None:
         partial.rename(tree)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def outdated(tree: Path = TREE) -> str:
+    """Tells why the tree does not stand for the present sources; empty where it does."""
+    for source in sorted((REPOSITORY / "router").rglob("*.py")):
+        module = source.relative_to(REPOSITORY)
+        copied = tree / module
+        if not copied.is_file():
+            return f"{module} is not in {tree.relative_to(REPOSITORY)}"
+        if copied.read_bytes() != source.read_bytes():
+            return f"{module} has changed since {tree.relative_to(REPOSITORY)} was built"
+    return ""
 
 
 if __name__ == "__main__":

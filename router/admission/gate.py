@@ -14,9 +14,10 @@ from typing import TypeVar
 from millrace.state.v1 import records_pb2
 
 from core.clock import Clock
-from router.admission.lane import DEMAND_SECONDS, Lane, Waiter, Word, demand
+from router.admission.lane import DEMAND_SECONDS, Lane, demand
 from router.admission.line import LineFull, WaitingLine
 from router.admission.saturation import EndpointLimits
+from router.admission.waiter import Waiter, Word
 from router.view.samples import STALE_SECONDS, Sample
 from router.view.view import Endpoint, View
 

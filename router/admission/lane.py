@@ -3,18 +3,17 @@
 The gate and the director change it; `demand` tells the cluster. Plain data and sums, nothing waits here.
 """
 
-import asyncio
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from enum import Enum
 
 from millrace.state.v1 import records_pb2
 
 from core.clock import Clock
 from router.admission.drain_rate import DrainRate
 from router.admission.first_token import FirstTokenTimes
-from router.admission.line import Ticket, WaitingLine
+from router.admission.line import WaitingLine
+from router.admission.waiter import Waiter
 
 # Demand of a deployment is told for this long after its last request.
 DEMAND_SECONDS = 60.0
@@ -22,30 +21,6 @@ DEMAND_SECONDS = 60.0
 START_RETRY_SECONDS_MAX = 120
 # Share of the usual start after which one that is overdue is asked for again.
 _OVERDUE_RATIO = 0.1
-
-
-class Word(Enum):
-    """What a waiter is told."""
-
-    GO = "go"
-    LATE = "late"
-    PUSHED_OUT = "pushed_out"
-    GONE = "gone"
-
-
-@dataclass(slots=True, eq=False)
-class Waiter(Ticket):
-    """A request in the line.
-
-    Attributes:
-        body_bytes: Memory that it holds.
-        deadline_seconds: When it is refused, on the monotonic clock.
-        word: Set once, with what it is told.
-    """
-
-    body_bytes: int = 0
-    deadline_seconds: float = math.inf
-    word: "asyncio.Future[Word]" = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
 
 @dataclass(slots=True)

@@ -7,7 +7,8 @@ while there is none. Pure.
 from collections import Counter
 
 from router.admission.gate import Gate, NotServed
-from router.admission.lane import Lane, Word
+from router.admission.lane import Lane
+from router.admission.waiter import Word
 from router.openai import errors
 from router.openai.errors import Reason, Refusal
 from router.view.view import Deployment

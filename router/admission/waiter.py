@@ -1,14 +1,18 @@
-"""What the line needs to know of a request, read from its body once it has to wait.
+"""A request that waits, and what the line needs to know of it, read from its body once it has to wait.
 
 In come the body and the request's account, out comes a `Waiter`. Requests that find room never get here. What
 the body gets wrong is the engine's to refuse: here it only counts as not said.
 """
 
+import asyncio
+import math
+from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any
 
 import orjson
 
-from router.admission.lane import Waiter
+from router.admission.line import Ticket
 from router.record import RequestRecord
 from router.view.view import Tier
 
@@ -18,6 +22,30 @@ ANSWER_TOKENS = 256
 ANSWER_TOKENS_MAX = 4096
 # Characters of English text that make a token, as in `router.prefix.chain`.
 _BYTES_PER_TOKEN = 4
+
+
+class Word(Enum):
+    """What a waiter is told."""
+
+    GO = "go"
+    LATE = "late"
+    PUSHED_OUT = "pushed_out"
+    GONE = "gone"
+
+
+@dataclass(slots=True, eq=False)
+class Waiter(Ticket):
+    """A request in the line.
+
+    Attributes:
+        body_bytes: Memory that it holds.
+        deadline_seconds: When it is refused, on the monotonic clock.
+        word: Set once, with what it is told.
+    """
+
+    body_bytes: int = 0
+    deadline_seconds: float = math.inf
+    word: "asyncio.Future[Word]" = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
 
 def waiter_of(body: bytes, record: RequestRecord, *, deadline_seconds: float) -> Waiter:

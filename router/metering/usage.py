@@ -43,9 +43,10 @@ class UsageOutcome(StrEnum):
     FAILED = "failed"
 
 
-@dataclass(frozen=True, slots=True)
+# Not frozen: that would triple the cost of making one, which every request pays.
+@dataclass(slots=True)
 class Usage:
-    """What one request used.
+    """What one request used; nobody changes it once it is made.
 
     Attributes:
         request_id: Of the request; a usage is applied once for each.

@@ -10,42 +10,20 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple, Protocol, runtime_checkable
 
-from router.prefix.exact.tokens import ExactPrompt
-from router.prefix.prompt import NO_PROMPT, Prompt
+from router.picking.request import RequestContext
 from router.view.samples import Sample
 from router.view.view import Endpoint
 
-
-# Not frozen: that would triple the cost of making one, which every request pays.
-@dataclass(slots=True)
-class RequestContext:
-    """What plug-ins may know of a request; nobody changes it once it is made.
-
-    Attributes:
-        request_id: Identifies it in logs.
-        route: Path of the OpenAI route.
-        namespace: Tenant.
-        deployment: Deployment that it goes to.
-        model: As the client named it.
-        stream: True when the client asked for a stream.
-        body: As it came; plug-ins read and never change it.
-        prompt: Its length and hash chain; empty unless the strategy reads prompts.
-        session: What the client calls its session; empty for none.
-        adapter: LoRA adapter that it needs; empty for none.
-        exact: The prompt in engines' own tokens; None where that is not known.
-    """
-
-    request_id: str
-    route: str
-    namespace: str
-    deployment: str
-    model: str
-    stream: bool
-    body: bytes
-    prompt: Prompt = NO_PROMPT
-    session: str = ""
-    adapter: str = ""
-    exact: ExactPrompt | None = None
+__all__ = [
+    "CacheKnowledge",
+    "Candidate",
+    "Filter",
+    "Picker",
+    "RequestContext",
+    "Scorer",
+    "Strategy",
+    "WeightedScorer",
+]
 
 
 class CacheKnowledge(Enum):

@@ -7,9 +7,9 @@ away until it has succeeded. This is one router's own short memory, beside the h
 plane; it never refuses a request.
 """
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
+from types import TracebackType
 
 from core.backoff import BackoffPolicy
 from core.clock import Clock
@@ -57,6 +57,33 @@ class _Mark:
     probing: bool = False
 
 
+class Probe:
+    """Whether one request probes an endpoint, for as long as the block of a `with` runs."""
+
+    __slots__ = ("_mark",)
+
+    def __init__(self, mark: _Mark | None) -> None:
+        """Takes the endpoint's mark; None where there is nothing to probe."""
+        self._mark = mark
+
+    def __enter__(self) -> None:
+        if self._mark is not None:
+            self._mark.probing = True
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._mark is not None:
+            self._mark.probing = False
+
+
+# Nearly every request's, so that it costs none an object.
+_NO_PROBE = Probe(None)
+
+
 class EndpointHealth:
     """Remembers failures by replica; bounded by `retain`."""
 
@@ -98,22 +125,16 @@ class EndpointHealth:
         mark = self._mark(endpoint)
         return mark is not None and (mark.probing or self._clock.monotonic() < mark.ejected_until_seconds)
 
-    @contextmanager
-    def probe(self, endpoint: Endpoint) -> Iterator[None]:
-        """Keeps others away from an endpoint whose ejection has just ended, while the block runs.
+    def probe(self, endpoint: Endpoint) -> "Probe":
+        """Keeps others away from an endpoint whose ejection has just ended, while the block of a `with` runs.
 
         The block must call `succeeded` or `failed` where it knows; a block that ends without either, because
         the client left, lets the next request probe. For an endpoint without failures it does nothing.
         """
-        mark = self._mark(endpoint)
+        mark = self._mark(endpoint) if self._marks else None
         if mark is None or not mark.was_ejected or self.is_ejected(endpoint):
-            yield
-            return
-        mark.probing = True
-        try:
-            yield
-        finally:
-            mark.probing = False
+            return _NO_PROBE
+        return Probe(mark)
 
     def last_failure_seconds(self, endpoint: Endpoint) -> float:
         """Returns when an endpoint failed last, on the monotonic clock; minus infinity for never."""

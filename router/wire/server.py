@@ -18,70 +18,14 @@ from aiohttp import web
 from aiohttp.web_protocol import RequestHandler
 
 from router.wire.downstream import WireDownstream
-from router.wire.headers import RequestHeaders
-from router.wire.request_head import HeadReader, RequestHead, may_become_hot
+from router.wire.request import WireRequest
+from router.wire.request_head import HeadReader, may_become_hot
 from router.wire.task import EagerTask, Signal
 
 _log = structlog.get_logger(__name__)
 
 # As aiohttp: how long the rest of a body is read that nobody wants, so that its client reads the answer.
 LINGER_SECONDS = 10.0
-
-
-class WireRequest:
-    """One request of the hot path.
-
-    Attributes:
-        head: Its head.
-        missing_bytes: Of its body, that have not come.
-    """
-
-    __slots__ = ("_arrived", "_pieces", "_unwanted", "head", "missing_bytes")
-
-    def __init__(self, head: RequestHead) -> None:
-        self.head = head
-        self.missing_bytes = head.length
-        self._pieces: list[bytes] = []
-        self._arrived: Signal | None = None
-        self._unwanted = False
-
-    @property
-    def path(self) -> str:
-        """The route with its query."""
-        return self.head.path
-
-    @property
-    def headers(self) -> RequestHeaders:
-        """All headers."""
-        return self.head.headers
-
-    def feed(self, data: bytes) -> None:
-        """Takes the next bytes of the body, none beyond it."""
-        self.missing_bytes -= len(data)
-        if not self._unwanted:
-            self._pieces.append(data)
-        if not self.missing_bytes and self._arrived is not None:
-            self._arrived.set()
-
-    async def read(self, *, bytes_max: int, timeout_seconds: float) -> bytes | None:
-        """Returns the body once it has come completely; None where it is longer than `bytes_max`.
-
-        Raises:
-            TimeoutError: It has not come in time.
-        """
-        if self.head.length > bytes_max:
-            return None
-        if self.missing_bytes:
-            self._arrived = Signal()
-            async with asyncio.timeout(timeout_seconds):
-                await self._arrived
-        pieces = self._pieces
-        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
-
-    def discard(self) -> None:
-        """Keeps nothing more of the body."""
-        self._unwanted = True
-        self._pieces.clear()
 
 
 Serve = Callable[[WireRequest, WireDownstream], Coroutine[Any, Any, None]]

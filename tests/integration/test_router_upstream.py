@@ -88,6 +88,6 @@ async def test_a_client_that_takes_nothing_is_cut_off() -> None:
         writer.write(request(it.api_key))
         await eventually(lambda: engine.aborted == 1)
         writer.transport.abort()
-        await eventually(lambda: it.router.in_flight == 0)
+        await eventually(lambda: it.router.serving.in_flight == 0)
         assert await it.metric('millrace_router_requests_total{reason="client_stalled"') == 1
         assert not it.router.director.health.is_ejected(it.router.source.view.endpoints[0])

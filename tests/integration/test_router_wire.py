@@ -198,7 +198,7 @@ async def test_a_request_that_does_not_end_is_cut_off_at_shutdown() -> None:
             for handler in it.runner.server.connections:
                 await handler.shutdown(0.01)
             assert await reader.read() == b""
-        await eventually(lambda: it.router.in_flight == 0 and engine.aborted == 1)
+        await eventually(lambda: it.router.serving.in_flight == 0 and engine.aborted == 1)
 
 
 async def test_a_first_chunk_with_the_head_is_not_held_back() -> None:

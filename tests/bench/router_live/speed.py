@@ -32,7 +32,7 @@ from tests.support.waiting import eventually
 ENGINES = 4
 WARMUP_SECONDS = 1.0
 STREAMS, EVENTS, PACE_MS = 200, 100, 20.0
-SPEED_TARGETS = ("direct", "nginx", "sglang-router", "vllm-router", "millrace")
+SPEED_TARGETS = ("direct", "nginx", "sglang-router", "vllm-router", "millrace", "millrace-compiled")
 REFERENCE = "sglang-router"
 
 

@@ -21,6 +21,7 @@ from typing import Any
 import aiohttp
 from millrace.core.v1 import policy_pb2
 
+from deploy.native import __main__ as native
 from tests.bench.router_live.control_plane import ControlPlane, control_plane
 from tests.bench.router_live.native import BENCH_DIRECTORY, REPOSITORY, Unavailable
 from tests.bench.router_live.processes import Cores, Pinned, pinned, wait_answering
@@ -211,9 +212,10 @@ async def millrace_routers(
     program: Sequence[str] = (str(Path(sys.executable).parent / "millrace-router"),),
     environment: Mapping[str, str] | None = None,
     routing: policy_pb2.Routing | None = None,
+    name: str = "",
 ) -> AsyncIterator[list[Target]]:
     """`millrace-router` processes over one etcd, with their own defaults but for the address of etcd."""
-    name = "millrace" if strategy == "default" else f"millrace {strategy}"
+    name = name or ("millrace" if strategy == "default" else f"millrace {strategy}")
     async with AsyncExitStack() as stack:
         plane = await stack.enter_async_context(
             control_plane(engine_urls, served_model_name=site.model, routing=routing)
@@ -241,12 +243,26 @@ async def millrace(site: Site, engine_urls: Sequence[str], **options: Any) -> As
         yield targets[0]
 
 
+@asynccontextmanager
+async def millrace_compiled(site: Site, engine_urls: Sequence[str], **options: Any) -> AsyncIterator[Target]:
+    """One `millrace-router` process on the modules that `make native` has compiled."""
+    problem = native.outdated()
+    if problem:
+        raise Unavailable(f"{problem} (make native)")
+    environment = {"PYTHONPATH": str(native.TREE)}
+    async with millrace(
+        site, engine_urls, name="millrace, compiled", environment=environment, **options
+    ) as target:
+        yield target
+
+
 TARGETS: dict[str, Opener] = {
     "direct": direct,
     "nginx": nginx,
     "sglang-router": sglang_router,
     "vllm-router": vllm_router,
     "millrace": millrace,
+    "millrace-compiled": millrace_compiled,
     "sglang-round-robin": partial(sglang_router, policy="round_robin"),
     "millrace-round-robin": partial(millrace, strategy="round-robin"),
 }

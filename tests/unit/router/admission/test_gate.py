@@ -11,8 +11,9 @@ from millrace.state.v1 import records_pb2
 
 from core.tasks import cancel_and_wait
 from router.admission.gate import Bounds, Gate, NotServed
-from router.admission.lane import Lane, Waiter, Word
+from router.admission.lane import Lane
 from router.admission.saturation import _Learned
+from router.admission.waiter import Waiter, Word
 from router.view.view import Endpoint, View, build_view
 from tests.support.candidates import endpoint, sample
 from tests.support.clock import ManualClock
