@@ -1,36 +1,16 @@
-"""Why this engine: what a choice was made from, kept by reference and worked out only when someone asks.
+"""What a choice was made from, kept by reference and made into candidates only when someone asks.
 
-In come the columns and counts of one choice, out come the candidates as plug-ins see them, and what each
-filter and scorer of the strategy says to them. Filters and scorers run again on the very same values, so the
-answer is what they said then; the picker is not asked again. It keeps no state and is never on the way of a
-request.
+In come the columns and counts of one choice, out come the candidates as plug-ins see them, as they were then.
+What filters and scorers say to them is worked out by `router.decisions.render`. The request is not kept here:
+a thousand decisions would keep a thousand bodies alive.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from router.picking.columns import Columns
-from router.picking.contract import CacheKnowledge, Candidate, RequestContext, Strategy
+from router.picking.contract import CacheKnowledge, Candidate
 from router.view.samples import Sample
-
-
-@dataclass(slots=True)
-class Verdict:
-    """What a strategy makes of one candidate.
-
-    Attributes:
-        candidate: As plug-ins saw it.
-        dropped_by: Class of the filter that left it out; empty for none.
-        scores: By the scorers' classes, unweighted; empty for one that was left out.
-        total: Weighted sum of the scores.
-        chosen: True for the one that got the request.
-    """
-
-    candidate: Candidate
-    dropped_by: str = ""
-    scores: dict[str, float] = field(default_factory=dict)
-    total: float = 0.0
-    chosen: bool = False
 
 
 # Not frozen: every request makes one.
@@ -39,7 +19,6 @@ class Decision:
     """One choice, as it was made.
 
     Attributes:
-        request: What was asked.
         columns: The endpoints.
         samples: Of each endpoint, as they were.
         in_flight: Own requests at each.
@@ -51,7 +30,6 @@ class Decision:
         chosen: Position of the one that got the request; None where filters left none.
     """
 
-    request: RequestContext
     columns: Columns
     samples: Sequence[Sample | None]
     in_flight: Sequence[int]
@@ -79,27 +57,3 @@ class Decision:
     def candidates(self) -> list[Candidate]:
         """Returns all candidates, in the endpoints' order."""
         return [self.candidate(at) for at in range(len(self.columns.endpoints))]
-
-    def explain(self, strategy: Strategy) -> Sequence[Verdict]:
-        """Returns what the strategy says to each candidate, in the endpoints' order."""
-        verdicts = [
-            Verdict(candidate, chosen=at == self.chosen) for at, candidate in enumerate(self.candidates())
-        ]
-        kept: Sequence[Verdict] = verdicts
-        for each in strategy.filters:
-            replicas = {
-                candidate.endpoint.replica
-                for candidate in each.keep(self.request, [verdict.candidate for verdict in kept])
-            }
-            for verdict in kept:
-                if verdict.candidate.endpoint.replica not in replicas:
-                    verdict.dropped_by = type(each).__name__
-            kept = [verdict for verdict in kept if not verdict.dropped_by]
-        if not kept:
-            return verdicts
-        for weighted in strategy.scorers:
-            found = weighted.scorer.score(self.request, [verdict.candidate for verdict in kept])
-            for verdict, score in zip(kept, found, strict=True):
-                verdict.scores[type(weighted.scorer).__name__] = score
-                verdict.total += weighted.weight * score
-        return verdicts

@@ -171,7 +171,6 @@ class Selector:
         if request.exact is not None and self.exact is not None:
             cached, knowledge = self._exactly(request.exact, columns, cached, alike or {})
         return Decision(
-            request,
             columns,
             columns.samples,
             list(map(self._loads.counts.get, columns.replicas, _ZEROS)),

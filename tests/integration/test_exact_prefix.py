@@ -37,13 +37,15 @@ def _record(world: World, replica: str, target: str) -> endpoint_pb2.Endpoint:
     return record
 
 
-async def _chat(it: Cluster, text: str) -> tuple[str, dict[str, Any]]:
-    """Sends a chat; returns who answered and the usage."""
+async def _chat(it: Cluster, text: str) -> tuple[str, dict[str, Any], int]:
+    """Sends a chat; returns who answered, the usage, and the tokens that the router took it for."""
     body = {"model": "chat", "messages": [{"role": "user", "content": text}], "max_tokens": 2}
     async with it.client.post(f"{it.url}/v1/chat/completions", json=body, headers=it.headers) as response:
         assert response.status == 200, await response.text()
         content = await response.json()
-    return response.headers["x-millrace-endpoint"], content["usage"]
+    kept = it.router.director.candidates.decisions.find(response.headers["x-request-id"])
+    assert kept is not None
+    return response.headers["x-millrace-endpoint"], content["usage"], kept.steps[-1].context.prompt.tokens
 
 
 def _candidates(it: Cluster) -> dict[str, Candidate]:
@@ -67,22 +69,18 @@ async def test_a_pick_foretells_what_the_engine_takes_from_its_cache(world: Worl
         assert exact is not None
         exact._tokenizer._wait_seconds = 5.0  # a busy machine must not decide what this test sees
         await it.publish(*(_record(world, name, target) for name in names))
-        first, _ = await _chat(it, WORDS * 3)
+        first, _, _ = await _chat(it, WORDS * 3)
         # Nothing is known of an engine that has not cached anything yet.
         other = next(each for each in names if each != first)
         await eventually(lambda: exact.blocks_at(first) > 0)
         for turn in range(4, 8):
             blocks = exact.blocks_at(first)
-            answered, usage = await _chat(it, WORDS * turn)
+            answered, usage, taken_for = await _chat(it, WORDS * turn)
             seen = _candidates(it)
             assert answered == first
             assert seen[first].cache_knowledge is CacheKnowledge.EXACT
             assert seen[first].cached_tokens == usage["prompt_tokens_details"]["cached_tokens"] > 0
-            assert it.router.director.candidates.selectors.default.decision is not None
-            assert (
-                it.router.director.candidates.selectors.default.decision.request.prompt.tokens
-                == usage["prompt_tokens"]
-            )
+            assert taken_for == usage["prompt_tokens"]
             assert seen[other].cached_tokens == 0
             await eventually(lambda blocks=blocks: exact.blocks_at(first) > blocks)
 
@@ -107,7 +105,7 @@ async def test_requests_go_on_without_the_agent_and_without_tokens(world: World,
     async with cluster(strategy="default", prefix_index="exact", agent_token_file=wrong) as it:
         await it.publish(_record(world, "chat-a", target))
         await _chat(it, WORDS * 3)
-        answered, _ = await _chat(it, WORDS * 4)
+        answered, _, _ = await _chat(it, WORDS * 4)
         assert answered == "chat-a"
         seen = _candidates(it)["chat-a"]
         assert seen.cache_knowledge is CacheKnowledge.APPROXIMATE
