@@ -103,7 +103,6 @@ class RouterApplication:
                 clock,
                 on_stale=lambda: self.metrics.retried(Cause.STALE_CONNECTION),
             ),
-            timeouts=settings.timeouts(),
             loads=loads,
             metrics=self.metrics,
             clock=clock,
@@ -121,7 +120,7 @@ class RouterApplication:
             body_bytes_max=settings.request_body_bytes_max,
             body_timeout_seconds=settings.body_timeout_seconds,
         )
-        self.serving = WireServing(self._surface, self.metrics, self._access_log, clock)
+        self.serving = WireServing(self._surface, self.director, self.metrics, self._access_log, clock)
         # The surface reads bodies within bounds of its own.
         self.application = web.Application(middlewares=[self._account], client_max_size=0)
         self._surface.add_routes(self.application.router)

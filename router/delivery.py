@@ -1,7 +1,9 @@
 """Brings engines' answers to one client: asked for, metered, translated, and continued where an engine dies.
 
     body_for   what an engine is sent: the client's body, under the engine's model name, asking for usage
-    deliver    relays one answer; ends the client's, or says that another engine may go on
+    begin      starts the client's answer, and has the engine's flow to it
+    conclude   looks at what has come when it is over: the end, a broken stream, or one to be continued
+    deliver    begin, wait, conclude; ends the client's, or says that another engine may go on
     abandon    ends the client's answer when none does
 
 In come a request's facts and, attempt by attempt, an endpoint and its answer; out go bytes to the client's
@@ -23,8 +25,9 @@ from router.openai.sse import is_event_stream
 from router.record import RequestRecord
 from router.upstream.answer import Answer
 from router.upstream.failures import AttemptFailed, Cause
-from router.upstream.relay import Outcome, Transform, break_off, end_answer, relay, start_answer
+from router.upstream.relay import Outcome, Transform, break_off, end_answer, finish_relay, start_answer
 from router.view.view import Endpoint
+from router.wire.task import Signal
 
 
 class Delivery:
@@ -95,31 +98,66 @@ class Delivery:
         """Returns an engine's own error in the shape of the route."""
         return translated(self._route.shape, status, body, self._record.request_id)
 
-    async def deliver(self, answer: Answer, endpoint: Endpoint, *, may_continue: bool) -> Outcome:
-        """Relays an answer and ends the client's, completely or not.
+    def begin(self, answer: Answer, endpoint: Endpoint, *, may_continue: bool) -> Transform | None:
+        """Starts the client's answer, once, and has an engine's flow to it.
 
         Args:
             answer: Whose first bytes are there.
             endpoint: That gave it.
             may_continue: Another engine may go on with a stream that ends early.
 
+        Returns:
+            What the body goes through, for `conclude`.
+
         Raises:
-            AttemptFailed: It ended early, and another engine may go on with it; or it does not go on.
+            AttemptFailed: The engine does not go on with a stream that has started.
         """
-        transform = self._begin(answer, endpoint, may_continue=may_continue)
-        outcome = await relay(answer, self._downstream, transform, client_stall_seconds=self._stall_seconds)
+        transform = self._start(answer, endpoint, may_continue=may_continue)
+        answer.flow(self._downstream, transform, client_stall_seconds=self._stall_seconds)
+        return transform
+
+    def conclude(self, answer: Answer, transform: Transform | None) -> Outcome:
+        """Writes what is left when an answer has ended: the client's lacks its end only, or is broken off.
+
+        Raises:
+            AttemptFailed: It ended early, and another engine may go on with it.
+        """
+        outcome = finish_relay(answer, self._downstream, transform)
         said = "The engine stopped sending."
         if outcome is Outcome.BROKEN:
             said = f"The engine's answer broke off: {answer.failure}"
         if self._joined is not None and outcome not in (Outcome.CLIENT_GONE, Outcome.CLIENT_STALLED):
             outcome = self._join(self._joined, answer, outcome)
-        if outcome is Outcome.COMPLETE:
-            return await end_answer(self._downstream, client_stall_seconds=self._stall_seconds)
         if outcome in (Outcome.BROKEN, Outcome.IDLE):
             if transform is not None:
                 self._downstream.write(transform.finish())
             self._break_off(said)
         return outcome
+
+    async def deliver(
+        self, answer: Answer, ended: Signal, endpoint: Endpoint, *, may_continue: bool
+    ) -> Outcome:
+        """Relays an answer and ends the client's, completely or not.
+
+        Args:
+            answer: As of `begin`.
+            ended: Set when it has ended.
+            endpoint: As of `begin`.
+            may_continue: As of `begin`.
+
+        Raises:
+            AttemptFailed: It ended early, and another engine may go on with it; or it does not go on.
+        """
+        transform = self.begin(answer, endpoint, may_continue=may_continue)
+        await ended
+        outcome = self.conclude(answer, transform)
+        if outcome is Outcome.COMPLETE:
+            return await self.end()
+        return outcome
+
+    async def end(self) -> Outcome:
+        """Completes the client's answer and waits until the client has taken it, but for a bounded rest."""
+        return await end_answer(self._downstream, client_stall_seconds=self._stall_seconds)
 
     async def abandon(self, failure: AttemptFailed | None) -> bool:
         """Ends a stream that no engine goes on with, as an error.
@@ -130,7 +168,7 @@ class Delivery:
         if self._joined is not None:
             self._downstream.write(self._joined.give_up())
             if self._joined.ended:
-                await end_answer(self._downstream, client_stall_seconds=self._stall_seconds)
+                await self.end()
                 return True
         self._break_off("The engine's answer broke off." if failure is None else str(failure))
         return False
@@ -139,7 +177,7 @@ class Delivery:
         tail = self._downstream.tail
         break_off(self._downstream, closing_error(self._route.shape, message, tail=tail))
 
-    def _begin(self, answer: Answer, endpoint: Endpoint, *, may_continue: bool) -> Transform | None:
+    def _start(self, answer: Answer, endpoint: Endpoint, *, may_continue: bool) -> Transform | None:
         """Starts the client's answer, once, and returns what its body goes through.
 
         Raises:

@@ -1,5 +1,8 @@
 """The way of a request: authenticate -> admit -> candidates -> pick -> forward -> account.
 
+    begin      what every request starts with; an endpoint where it needs to wait for nothing
+    forward    the rest, with all that a request may have to wait for
+
 In comes a client's request, out goes an answer: the engine's, or a `Refusal` to be sent. Everything is
 decided from the view and from this process's own counts: no store and no DNS is asked. A request that finds
 no room waits at the gate, once; where that does not help, its deployment's fall-back serves it. Another
@@ -10,45 +13,39 @@ import asyncio
 from types import TracebackType
 from typing import Self
 
-import structlog
-
 from core.clock import Clock
 from core.identity import bearer_token, hash_secret
 from router.admission.gate import Bounds, NotServed
 from router.admission.refusals import refusal_of, states_of
 from router.admission.split import Splitter
 from router.admission.waiter import waiter_of
+from router.attempts import Attempt, Attempts
 from router.call import Call
 from router.candidates import Candidates
 from router.delivery import Delivery
 from router.downstream import Downstream
-from router.metering.usage import Usage, UsageOutcome, UsageSink
+from router.metering.usage import UsageOutcome, UsageSink
 from router.metrics import RouterMetrics
 from router.openai import errors
 from router.openai.body import ParsedBody
 from router.openai.errors import Reason
 from router.picking.contract import Candidate, Strategy
 from router.prefix.exact.index import ExactIndex
-from router.record import CLIENT_CLOSED_REQUEST, RequestRecord
-from router.upstream.answer import Answer
+from router.record import RequestRecord
 from router.upstream.budget import RetryBudget
-from router.upstream.failures import AttemptFailed, Cause, ErrorAnswer, Owner
-from router.upstream.forward import Forwarder, Timeouts
+from router.upstream.failures import AttemptFailed, Cause, ErrorAnswer
+from router.upstream.forward import Forwarder
 from router.upstream.headers import ENDPOINT_HEADER, request_headers
-from router.upstream.health import DEFAULT_BREAKER, Breaker, EndpointHealth
+from router.upstream.health import EndpointHealth
 from router.upstream.loads import LoadTable
-from router.upstream.relay import Outcome, end_answer
+from router.upstream.relay import end_answer
 from router.view.source import ViewSource
 from router.view.view import Alias, Deployment, Endpoint, Miss, Tenant, View
-
-_log = structlog.get_logger(__name__)
 
 # Three engines that fail one after the other are no accident that a fourth attempt would mend.
 ATTEMPTS_MAX = 3
 # A replacement that is about to be published arrives within this, or not in the client's interest.
 FRESH_ENDPOINT_WAIT_SECONDS = 1.0
-# 48 bits tell a tenant's keys apart, and give nothing away.
-KEY_HASH_PREFIX_CHARACTERS = 12
 
 
 class Admission:
@@ -74,13 +71,17 @@ class Admission:
     def __enter__(self) -> None:
         """Begins the block of a request that is counted already."""
 
+    def leave(self) -> None:
+        """Counts a request out."""
+        self._held -= 1
+
     def __exit__(
         self,
         kind: type[BaseException] | None,
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._held -= 1
+        self.leave()
 
 
 class Director:
@@ -90,6 +91,8 @@ class Director:
         loads: Requests in flight by replica.
         health: Which endpoints are left alone.
         candidates: Who can take a request.
+        attempts: What each attempt counts.
+        forwarder: Makes them.
         budget: Of retries.
     """
 
@@ -99,7 +102,6 @@ class Director:
         source: ViewSource,
         strategy: Strategy,
         forwarder: Forwarder,
-        timeouts: Timeouts,
         loads: LoadTable,
         metrics: RouterMetrics,
         clock: Clock,
@@ -109,7 +111,6 @@ class Director:
         usage_sink: UsageSink | None = None,
     ) -> None:
         """Takes what it works with; usage goes to the metrics where no other sink is given."""
-        self._usage_sink: UsageSink = metrics if usage_sink is None else usage_sink
         self.loads = loads
         self.health = EndpointHealth(clock)
         self.budget = RetryBudget(clock)
@@ -123,11 +124,19 @@ class Director:
             clock=clock,
             exact=exact,
         )
+        self.attempts = Attempts(
+            source=source,
+            candidates=self.candidates,
+            health=self.health,
+            metrics=metrics,
+            clock=clock,
+            usage_sink=metrics if usage_sink is None else usage_sink,
+        )
         self._splitter = Splitter()
         # One for all selectors: it follows endpoints, whatever picks among them.
         self._exact = exact
-        self._forwarder = forwarder
-        self._timeouts = timeouts
+        self.forwarder = forwarder
+        self._timeouts = forwarder.timeouts
         self._metrics = metrics
         self._clock = clock
         self._admission = Admission(requests_in_flight_max)
@@ -204,50 +213,61 @@ class Director:
             client_stall_seconds=self._timeouts.idle_seconds,
         )
 
-    async def forward(self, call: Call) -> None:
-        """Sends a request to one endpoint after the other until one answers, and relays that answer.
+    def begin(self, call: Call) -> Candidate | None:
+        """Counts a request in and chooses its endpoint; None where it has to wait for something before.
+
+        What is chosen must be sent to before the next await.
+        """
+        self.budget.request()
+        lane = self.candidates.lane(call)
+        lane.count_in(call.record.started_seconds)
+        if self._exact is not None or lane.busy:
+            return None
+        return self.candidates.pick(call)
+
+    async def forward(
+        self,
+        call: Call,
+        candidate: Candidate | None = None,
+        *,
+        attempt: Attempt | None = None,
+        failure: AttemptFailed | None = None,
+    ) -> None:
+        """Sends a request that has begun to one endpoint after the other until one answers, and relays that.
+
+        Args:
+            call: The request.
+            candidate: Where to first; None to choose.
+            attempt: At the candidate, which counts already and is to be sent on a new connection.
+            failure: How an attempt without a task has ended; None without one.
 
         Raises:
             Refusal: None did.
         """
         try:
-            await self._forward(call)
+            await self._forward(call, candidate, attempt, failure)
         except asyncio.CancelledError:
             # The client has left; whatever has gone to it counts.
             call.delivery.meter.outcome = UsageOutcome.CLIENT_GONE
             raise
         finally:
-            self._settle(call)
+            self.attempts.settle(call)
 
-    def _settle(self, call: Call) -> None:
-        """Hands on what a request used, once, if any engine got it."""
-        meter, record = call.delivery.meter, call.record
-        if not call.attempts or not meter.metered:
-            return
-        record.counts = meter.counts()
-        self._usage_sink.take(
-            Usage(
-                request_id=record.request_id,
-                namespace=call.context.namespace,
-                key_hash_prefix=record.key_hash[:KEY_HASH_PREFIX_CHARACTERS],
-                deployment=call.context.deployment,
-                model=call.parsed.model,
-                route=call.context.route,
-                tier=record.tier.name.lower(),
-                counts=record.counts,
-                outcome=meter.outcome,
-                latency_ms=(self._clock.monotonic() - record.started_seconds) * 1000,
-            )
-        )
-
-    async def _forward(self, call: Call) -> None:
-        self.budget.request()
-        self.candidates.lane(call).count_in(call.record.started_seconds)
+    async def _forward(
+        self,
+        call: Call,
+        candidate: Candidate | None,
+        attempt: Attempt | None,
+        failure: AttemptFailed | None,
+    ) -> None:
         if self._exact is not None:
             await self._read_exactly(call)
-        failure: AttemptFailed | None = None
         while True:
-            candidate = await self._candidate(call, failure)
+            if failure is not None and not self._may_retry(call, failure):
+                await self._give_up(call, failure)
+                return
+            if candidate is None:
+                candidate = await self._candidate(call, failure)
             if failure is not None:
                 if candidate is None:
                     await self._give_up(call, failure)
@@ -260,16 +280,18 @@ class Director:
                 self._metrics.retried(failure.cause)
             assert candidate is not None, "a first attempt has one, or was refused"
             try:
-                await self._attempt(call, candidate)
+                await self._attempt(call, candidate, attempt)
                 return
             except AttemptFailed as error:
                 failure = error
                 if call.downstream.started:
                     call.deadline_seconds = None
-                self._failed(call, candidate.endpoint, error)
-            if not failure.retryable or call.attempts >= ATTEMPTS_MAX + call.delivery.continuations:
-                await self._give_up(call, failure)
-                return
+                self.attempts.failed(call, candidate.endpoint, error)
+            candidate = attempt = None
+
+    @staticmethod
+    def _may_retry(call: Call, failure: AttemptFailed) -> bool:
+        return failure.retryable and call.attempts < ATTEMPTS_MAX + call.delivery.continuations
 
     async def _read_exactly(self, call: Call) -> None:
         deployment = self._source.view.deployment(call.context.namespace, call.context.deployment)
@@ -348,119 +370,42 @@ class Director:
                 return candidate
             await self._source.wait_changed(version, remaining)
 
-    async def _attempt(self, call: Call, candidate: Candidate) -> None:
-        endpoint, record = candidate.endpoint, call.record
-        record.endpoint, record.node = endpoint.replica, endpoint.node
-        call.tried.add(endpoint.identity)
-        call.attempts += 1
-        record.attempts = call.attempts
+    async def _attempt(self, call: Call, candidate: Candidate, attempt: Attempt | None) -> None:
+        endpoint, fresh = candidate.endpoint, attempt is not None
         body = call.delivery.body_for(endpoint)
-        headers = request_headers(
-            call.headers, request_id=record.request_id, trace_parent=record.trace_parent
-        )
-        assert call.selector is not None, "whoever was chosen was chosen by one"
-        lane = self.candidates.lane(call)
-        lane.in_flight += 1
+        attempt = attempt or self.attempts.open(call, candidate)
         try:
-            with self.health.probe(endpoint), call.selector.send(call.context, candidate) as flight:
-                answer = await self._forwarder.attempt(
-                    endpoint,
-                    call.path,
-                    body=body,
-                    headers=headers,
-                    stream=call.parsed.stream,
-                    method=call.method,
+            answer, signals = await self.forwarder.attempt(
+                endpoint,
+                call.path,
+                body=body,
+                headers=self.headers_for(call),
+                stream=call.parsed.stream,
+                method=call.method,
+                fresh=fresh,
+            )
+            try:
+                self.attempts.answered(call, attempt, answer)
+                outcome = await call.delivery.deliver(
+                    answer, signals.ended, endpoint, may_continue=self.continues(endpoint)
                 )
-                try:
-                    flight.first_byte()
-                    self._answered(call, endpoint, answer)
-                    outcome = await call.delivery.deliver(
-                        answer, endpoint, may_continue=self._continues(endpoint)
-                    )
-                finally:
-                    answer.release()
+            finally:
+                answer.release()
         finally:
-            lane.in_flight -= 1
-            lane.ended_total += 1
-            if lane.line:
-                self.candidates.gate.pump(lane)
-        self._account(call, endpoint, outcome)
+            attempt.close()
+        self.attempts.ended(call, endpoint, outcome)
 
-    def _answered(self, call: Call, endpoint: Endpoint, answer: Answer) -> None:
-        """Notes the first byte of an answer."""
-        record, now = call.record, self._clock.monotonic()
-        record.first_byte_seconds = now - record.started_seconds
-        record.status = answer.status
-        if answer.status >= 400:
-            self._metrics.upstream_error(Owner.CLIENT if answer.status < 500 else Owner.ENGINE)
-        elif call.parsed.stream:
-            self.candidates.lane(call).first_tokens.add(record.first_byte_seconds, now)
-        self.health.succeeded(endpoint)
+    @staticmethod
+    def headers_for(call: Call) -> bytes:
+        """Returns the header lines that an engine is sent."""
+        return request_headers(
+            call.headers, request_id=call.record.request_id, trace_parent=call.record.trace_parent
+        )
 
-    def _account(self, call: Call, endpoint: Endpoint, outcome: Outcome) -> None:
-        match outcome:
-            case Outcome.COMPLETE:
-                self._completed(call, endpoint)
-            case Outcome.CLIENT_GONE:
-                call.delivery.meter.outcome = UsageOutcome.CLIENT_GONE
-                call.record.reason = Reason.CLIENT_DISCONNECTED
-                call.record.status = CLIENT_CLOSED_REQUEST
-                self._metrics.upstream_error(Owner.CLIENT)
-            case Outcome.CLIENT_STALLED:
-                call.delivery.meter.outcome = UsageOutcome.CLIENT_GONE
-                call.record.reason = Reason.CLIENT_STALLED
-                self._metrics.upstream_error(Owner.CLIENT)
-            case Outcome.BROKEN:
-                call.record.reason = Reason.UPSTREAM_BROKEN
-                self._metrics.upstream_error(Owner.TRANSPORT)
-                self.health.failed(endpoint, self._breaker(endpoint))
-            case Outcome.IDLE:
-                call.record.reason = Reason.IDLE_TIMEOUT
-                self._metrics.upstream_error(Owner.ENGINE)
-                self.health.failed(endpoint, self._breaker(endpoint))
-
-    def _breaker(self, endpoint: Endpoint) -> Breaker:
-        deployment = self._source.view.deployment(endpoint.namespace, endpoint.deployment)
-        return DEFAULT_BREAKER if deployment is None else Breaker.of(deployment.routing)
-
-    def _continues(self, endpoint: Endpoint) -> bool:
+    def continues(self, endpoint: Endpoint) -> bool:
+        """Tells whether streams of an endpoint go on elsewhere when it dies."""
         deployment = self._source.view.deployment(endpoint.namespace, endpoint.deployment)
         return deployment is not None and deployment.routing.stream_continuation
-
-    def _completed(self, call: Call, endpoint: Endpoint) -> None:
-        """Takes account of an answer that came whole, which may still say inside that it failed."""
-        if call.delivery.failure is not None:
-            self._failed(call, endpoint, call.delivery.failure)
-        message, is_clients = call.delivery.meter.failure
-        if not message:
-            if call.record.status < 400:
-                call.delivery.meter.outcome = UsageOutcome.COMPLETE
-            return
-        call.record.reason = Reason.ENGINE_CLIENT_ERROR if is_clients else Reason.ENGINE_ERROR
-        self._metrics.upstream_error(Owner.CLIENT if is_clients else Owner.ENGINE)
-        if not is_clients:
-            self.health.failed(endpoint, self._breaker(endpoint))
-            _log.warning(
-                "engine reported an error inside its answer",
-                request_id=call.record.request_id,
-                endpoint=endpoint.replica,
-                node=endpoint.node,
-                error=message,
-            )
-
-    def _failed(self, call: Call, endpoint: Endpoint, error: AttemptFailed) -> None:
-        self._metrics.upstream_error(error.owner)
-        ejection = self.health.failed(endpoint, self._breaker(endpoint))
-        _log.warning(
-            "attempt failed",
-            request_id=call.record.request_id,
-            endpoint=endpoint.replica,
-            node=endpoint.node,
-            cause=error.cause.value,
-            owner=error.owner.value,
-            error=str(error),
-            ejected_seconds=round(ejection, 3),
-        )
 
     async def _give_up(self, call: Call, failure: AttemptFailed) -> None:
         """Answers a request that no endpoint took: passes on the engine's word or refuses."""

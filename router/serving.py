@@ -6,24 +6,24 @@ that a worker knows when it is idle. It decides nothing about requests.
 """
 
 import asyncio
+from collections.abc import Callable
 
-import structlog
 from aiohttp import hdrs
 
 from core.clock import Clock
 from core.telemetry import new_identifiers
 from router.access_log import AccessLog
+from router.director import Director
+from router.exchange import Exchange
 from router.metrics import RouterMetrics
 from router.openai import errors
-from router.openai.errors import Reason, Refusal
+from router.openai.errors import Refusal
 from router.openai.routes import shape_of
 from router.openai.shapes import refusal_body
 from router.openai.surface import OpenAISurface
-from router.record import CLIENT_CLOSED_REQUEST, RequestRecord
+from router.record import RequestRecord
 from router.wire.downstream import WireDownstream
 from router.wire.request import WireRequest
-
-_log = structlog.get_logger(__name__)
 
 
 class WireServing:
@@ -31,13 +31,24 @@ class WireServing:
 
     Attributes:
         in_flight: Requests that have begun and not ended, aiohttp's included.
+        surface: Understands requests.
+        director: Sends them.
+        loop: Of the worker.
     """
 
     def __init__(
-        self, surface: OpenAISurface, metrics: RouterMetrics, access_log: AccessLog, clock: Clock
+        self,
+        surface: OpenAISurface,
+        director: Director,
+        metrics: RouterMetrics,
+        access_log: AccessLog,
+        clock: Clock,
     ) -> None:
+        """Takes what serves requests and what accounts for them; an event loop must be running."""
         self.in_flight = 0
-        self._surface = surface
+        self.surface = surface
+        self.director = director
+        self.loop = asyncio.get_running_loop()
         self._metrics = metrics
         self._access_log = access_log
         self._clock = clock
@@ -53,8 +64,16 @@ class WireServing:
             return False
         return True
 
-    async def serve(self, request: WireRequest, downstream: WireDownstream) -> None:
-        """Serves a request of the hot path: what the middleware does for aiohttp's."""
+    def serve(
+        self, request: WireRequest, downstream: WireDownstream, on_done: Callable[[], None]
+    ) -> Exchange:
+        """Serves a request of the hot path: what the middleware does for aiohttp's.
+
+        Args:
+            request: Its head and what has come of its body.
+            downstream: Its client's side.
+            on_done: Called when it has ended, perhaps before this returns.
+        """
         head = request.head
         request_id, trace_parent = new_identifiers()
         request_id = head.request_id or request_id
@@ -69,22 +88,18 @@ class WireServing:
         )
         downstream.identify(request_id)
         self.begin()
-        try:
-            await self._surface.infer(request, record, downstream)
-        except asyncio.CancelledError:
-            record.status, record.reason = CLIENT_CLOSED_REQUEST, Reason.CLIENT_DISCONNECTED
-            raise
-        except Refusal as refusal:
-            self._refuse_on_wire(refusal, record, downstream)
-        except Exception:  # noqa: BLE001 - the client gets an answer in any case, the operator the trace
-            _log.exception("request failed inside the router", request_id=request_id)
-            self._refuse_on_wire(errors.internal_error(), record, downstream)
-        finally:
-            record.end(self._metrics, self._access_log, self._clock)
-            self.end()
+        exchange = Exchange(self, request, downstream, record, on_done)
+        exchange.start()
+        return exchange
+
+    def ended(self, record: RequestRecord) -> None:
+        """Closes the account of a request."""
+        record.end(self._metrics, self._access_log, self._clock)
+        self.end()
 
     @staticmethod
-    def _refuse_on_wire(refusal: Refusal, record: RequestRecord, downstream: WireDownstream) -> None:
+    def refuse(refusal: Refusal, record: RequestRecord, downstream: WireDownstream) -> None:
+        """Answers a refusal, in the shape of the route; nothing may look complete where more has begun."""
         record.reason, record.status = refusal.why, refusal.status
         if downstream.started:
             downstream.abort()

@@ -21,7 +21,7 @@ from router.openai.response_ids import endpoint_of_response
 from router.openai.routes import INFERENCE_ROUTES, RESPONSE_CANCEL_ROUTE, RESPONSE_ROUTE, shape_of
 from router.openai.shapes import refusal_body
 from router.picking.contract import RequestContext
-from router.prefix.prompt import Prompt
+from router.prefix.prompt import NO_PROMPT
 from router.record import RECORD, RequestRecord
 from router.view.view import Alias, Deployment, Tenant
 from router.wire.headers import RequestHeaders
@@ -42,12 +42,16 @@ SUPPORTED = (
 
 
 class OpenAISurface:
-    """Handlers of the OpenAI routes."""
+    """Handlers of the OpenAI routes.
+
+    Attributes:
+        body_bytes_max: Of a request.
+    """
 
     def __init__(self, director: Director, *, body_bytes_max: int, body_timeout_seconds: float) -> None:
         """Takes the bounds of a request's body: bytes, and seconds until it has come completely."""
         self._director = director
-        self._body_bytes_max = body_bytes_max
+        self.body_bytes_max = body_bytes_max
         self._body_timeout_seconds = body_timeout_seconds
 
     def add_routes(self, router: web.UrlDispatcher) -> None:
@@ -66,20 +70,46 @@ class OpenAISurface:
         Raises:
             Refusal: Nothing has been written to the client, and this is what it should hear.
         """
-        headers = incoming.headers
-        tenant = self._director.authenticate(_credentials(headers), record)
+        tenant = self.authenticate(incoming.headers, record)
         with self._director.admit():
             body = await self._read_body(incoming)
-            content_type = headers.get("content-type", "")
-            if INFERENCE_ROUTES[record.route].multipart and is_multipart(content_type):
-                parsed: ParsedBody = parse_multipart(body, content_type)
-            else:
-                parsed = parse_body(body)
-            record.model, record.stream = parsed.model, parsed.stream
-            deployment = self._director.resolve(tenant, parsed.model, _session(headers, parsed))
-            await self._forward(
-                incoming, record, downstream, deployment, body, parsed, pinned=_pinned(parsed, deployment)
-            )
+            call = self.understand(incoming, tenant, body, record, downstream)
+            await self._director.forward(call, self._director.begin(call))
+
+    def authenticate(self, headers: RequestHeaders, record: RequestRecord) -> Tenant:
+        """Finds out whose request it is.
+
+        Raises:
+            Refusal: Nobody's, or nobody can tell yet.
+        """
+        return self._director.authenticate(_credentials(headers), record)
+
+    def understand(
+        self,
+        incoming: Incoming,
+        tenant: Tenant,
+        body: bytes,
+        record: RequestRecord,
+        downstream: Downstream,
+    ) -> Call:
+        """Reads a request whose body is there.
+
+        Raises:
+            Refusal: It makes no sense, or names no model that the tenant has.
+        """
+        headers = incoming.headers
+        content_type = headers.get("content-type", "")
+        if INFERENCE_ROUTES[record.route].multipart and is_multipart(content_type):
+            parsed: ParsedBody = parse_multipart(body, content_type)
+        else:
+            parsed = parse_body(body)
+        record.model, record.stream = parsed.model, parsed.stream
+        session = _session(headers, parsed)
+        deployment = self._director.resolve(tenant, parsed.model, session)
+        return self._call(
+            incoming, record, downstream, deployment, body, parsed,
+            pinned=_pinned(parsed, deployment), session=session,
+        )  # fmt: skip
 
     async def _look_up(self, request: web.Request) -> web.StreamResponse:
         """Asks the engine that made a response for it, or to cancel it."""
@@ -90,7 +120,7 @@ class OpenAISurface:
     async def _find_response(
         self, request: web.Request, incoming: Incoming, record: RequestRecord, downstream: Downstream
     ) -> None:
-        tenant = self._director.authenticate(_credentials(incoming.headers), record)
+        tenant = self.authenticate(incoming.headers, record)
         response_id = request.match_info["response_id"]
         with self._director.admit():
             for deployment in tenant.deployments.values():
@@ -101,12 +131,13 @@ class OpenAISurface:
                 raise errors.response_not_found(response_id)
             body = await self._read_body(incoming)
             parsed = BareBody(model=deployment.name, stream="stream" in request.query)
-            await self._forward(
+            call = self._call(
                 incoming, record, downstream, deployment, body, parsed,
-                pinned=endpoint.replica, method=request.method,
+                pinned=endpoint.replica, session=_session(incoming.headers, parsed), method=request.method,
             )  # fmt: skip
+            await self._director.forward(call, self._director.begin(call))
 
-    async def _forward(
+    def _call(
         self,
         incoming: Incoming,
         record: RequestRecord,
@@ -116,12 +147,13 @@ class OpenAISurface:
         parsed: ParsedBody,
         *,
         pinned: str,
+        session: str,
         method: str = "POST",
-    ) -> None:
-        """Hands a request that has been understood to the director."""
+    ) -> Call:
+        """Puts together what the director needs of a request that has been understood."""
         record.model, record.stream, record.deployment = parsed.model, parsed.stream, deployment.name
         route = INFERENCE_ROUTES.get(record.route)
-        prompt = Prompt()
+        prompt = NO_PROMPT
         if route is not None and route.metered:
             # What is not metered computes nothing, and leaves no prefix behind.
             prompt = self._director.candidates.selectors.of(deployment).read_prompt(
@@ -139,20 +171,18 @@ class OpenAISurface:
             stream=parsed.stream,
             body=body,
             prompt=prompt,
-            session=_session(incoming.headers, parsed),
+            session=session,
         )
-        await self._director.forward(
-            Call(
-                path=incoming.path,
-                headers=incoming.headers,
-                downstream=downstream,
-                record=record,
-                context=context,
-                parsed=parsed,
-                delivery=self._director.delivery(body, parsed, downstream, record),
-                pinned=pinned,
-                method=method,
-            )
+        return Call(
+            path=incoming.path,
+            headers=incoming.headers,
+            downstream=downstream,
+            record=record,
+            context=context,
+            parsed=parsed,
+            delivery=self._director.delivery(body, parsed, downstream, record),
+            pinned=pinned,
+            method=method,
         )
 
     async def _infer(self, request: web.Request) -> web.StreamResponse:
@@ -161,8 +191,7 @@ class OpenAISurface:
 
     async def list_models(self, request: web.Request) -> web.StreamResponse:
         """Lists the deployments that the key may use, then the aliases."""
-        headers = RequestHeaders(request.raw_headers)
-        tenant = self._director.authenticate(_credentials(headers), request[RECORD])
+        tenant = self.authenticate(RequestHeaders(request.raw_headers), request[RECORD])
         aliases = (each for name, each in sorted(tenant.aliases.items()) if name not in tenant.deployments)
         data = [
             *(_model(each) for each in tenant.deployments.values()),
@@ -173,7 +202,7 @@ class OpenAISurface:
     async def get_model(self, request: web.Request) -> web.StreamResponse:
         """Shows one deployment or alias that the key may use."""
         record = request[RECORD]
-        tenant = self._director.authenticate(_credentials(RequestHeaders(request.raw_headers)), record)
+        tenant = self.authenticate(RequestHeaders(request.raw_headers), record)
         record.model = request.match_info["model"]
         found = tenant.resolve(record.model)
         if isinstance(found, Alias):
@@ -187,12 +216,12 @@ class OpenAISurface:
             raise errors.body_encoded(encoding)
         try:
             body = await incoming.read(
-                bytes_max=self._body_bytes_max, timeout_seconds=self._body_timeout_seconds
+                bytes_max=self.body_bytes_max, timeout_seconds=self._body_timeout_seconds
             )
         except TimeoutError as error:
             raise errors.body_timeout(self._body_timeout_seconds) from error
         if body is None:
-            raise errors.body_too_large(self._body_bytes_max)
+            raise errors.body_too_large(self.body_bytes_max)
         return body
 
 

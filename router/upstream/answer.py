@@ -5,14 +5,15 @@
 
 In come the bytes of a connection (`received`, `connection_ended`) and deadlines (`overdue`); out go pieces of
 the body: kept until `flow` names the client's side, from then on written to it inside the very callback that
-brought them. `first` is set when it can be judged (first bytes of the body, or a whole error), `ended` when
-no more will come. Back-pressure: while the client's side is blocked, the connection is not read.
+brought them. A listener is told, once each, when the answer can be judged (first bytes of the body, or a
+whole error) and when no more will come; whoever would rather wait takes `AnswerSignals` as the listener.
+Back-pressure: while the client's side is blocked, the connection is not read.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from router.upstream.headers import answer_headers
 from router.upstream.relay import Outcome, Transform
@@ -31,13 +32,47 @@ HELD_BYTES_MAX = 64 * 1024
 _SWITCHING_PROTOCOLS = 101
 
 
+class AnswerListener(Protocol):
+    """Who is told of an answer."""
+
+    def answer_ready(self) -> None:
+        """The answer can be judged; called once, before `answer_ended`."""
+        ...
+
+    def answer_ended(self) -> None:
+        """The answer has ended, as its `outcome` says; called once."""
+        ...
+
+
+class AnswerSignals:
+    """Listener of a coroutine that waits.
+
+    Attributes:
+        ready: Set when the answer can be judged.
+        ended: Set when it has ended.
+    """
+
+    __slots__ = ("ended", "ready")
+
+    def __init__(self) -> None:
+        self.ready = Signal()
+        self.ended = Signal()
+
+    def answer_ready(self) -> None:
+        """The answer can be judged."""
+        self.ready.set()
+
+    def answer_ended(self) -> None:
+        """The answer has ended."""
+        self.ended.set()
+
+
 class Answer:
     """The answer to one request on one connection.
 
     Attributes:
         status: HTTP status; 0 before the head has come.
-        first: Set when the answer can be judged.
-        ended: Set when it has ended.
+        ready: It can be judged.
         outcome: How it ended; None before.
         failure: What broke it, for people.
         timed_out: It failed because its first byte did not come in time.
@@ -46,14 +81,14 @@ class Answer:
 
     __slots__ = (
         "_blocked", "_buffer", "_chunks", "_client_stall_seconds", "_connection", "_downstream", "_head",
-        "_held", "_held_bytes", "_idle_seconds", "_left", "_monotonic", "_paused", "_touched_seconds",
-        "_transform", "begun", "ended", "failure", "first", "outcome", "status", "timed_out",
+        "_held", "_held_bytes", "_idle_seconds", "_left", "_listener", "_monotonic", "_paused",
+        "_touched_seconds", "_transform", "begun", "failure", "outcome", "ready", "status", "timed_out",
     )  # fmt: skip
 
-    def __init__(self, connection: Connection, *, idle_seconds: float) -> None:
+    def __init__(self, connection: Connection, listener: AnswerListener, *, idle_seconds: float) -> None:
         self.status = 0
-        self.first = Signal()
-        self.ended = Signal()
+        self.ready = False
+        self._listener = listener
         self.outcome: Outcome | None = None
         self.failure = ""
         self.timed_out = False
@@ -106,7 +141,8 @@ class Answer:
         """Has the body written to the client's side: what has come at once, what is to come as it comes."""
         self._downstream, self._transform = downstream, transform
         self._client_stall_seconds = client_stall_seconds
-        downstream.listener = self
+        if self.outcome is None:
+            downstream.listener = self
         if self._held:
             piece = self._held[0] if len(self._held) == 1 else b"".join(self._held)
             self._held.clear()
@@ -154,7 +190,7 @@ class Answer:
     def overdue(self) -> None:
         """What is waited for has not come in time."""
         now = self._monotonic()
-        if not self.first.is_set:
+        if not self.ready:
             self.timed_out = True
             self._finish(Outcome.BROKEN, "no first byte in time")
         elif self._blocked:
@@ -224,7 +260,7 @@ class Answer:
             self._finish(Outcome.COMPLETE)
         elif self._held and (self.status < 400 or self._held_bytes >= HELD_BYTES_MAX):
             self._connection.deadline_seconds = self._touched_seconds + self._idle_seconds
-            self.first.set()
+            self._tell_ready()
 
     def _deliver(self, piece: bytes, framed: bytes = b"") -> None:
         downstream = self._downstream
@@ -265,5 +301,13 @@ class Answer:
         self._connection.finished(
             reusable=outcome is Outcome.COMPLETE and head is not None and head.keep_alive
         )
-        self.first.set()
-        self.ended.set()
+        self._tell_ready()
+        if self._downstream is not None:
+            # The two would keep each other alive, and the collector of cycles looks seldom.
+            self._downstream.listener = None
+        self._listener.answer_ended()
+
+    def _tell_ready(self) -> None:
+        if not self.ready:
+            self.ready = True
+            self._listener.answer_ready()

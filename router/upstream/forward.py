@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from aiohttp import hdrs
 
 from core.clock import Clock
-from router.upstream.answer import Answer
+from router.upstream.answer import Answer, AnswerListener, AnswerSignals
 from router.upstream.connection import Connection
 from router.upstream.failures import AttemptFailed, Cause, ErrorAnswer, cause_of_answer
 from router.upstream.pool import UpstreamPool
@@ -45,16 +45,78 @@ class Timeouts:
 
 
 class Forwarder:
-    """Makes attempts."""
+    """Makes attempts.
+
+    Attributes:
+        timeouts: Bounds of each.
+        monotonic: The clock.
+    """
 
     def __init__(
         self, pool: UpstreamPool, timeouts: Timeouts, clock: Clock, *, on_stale: Callable[[], None]
     ) -> None:
         """Takes what to call when a request is sent again because its connection had gone stale."""
+        self.timeouts = timeouts
         self._pool = pool
-        self._timeouts = timeouts
-        self._monotonic = clock.monotonic
+        self.monotonic = clock.monotonic
         self._on_stale = on_stale
+
+    def kept_connection(self, endpoint: Endpoint) -> Connection | None:
+        """Takes a connection that stands already; None without one."""
+        try:
+            return self._pool.origin(endpoint.url).take()
+        except AttemptFailed:
+            # Nothing stands where a URL leads nowhere; `attempt` says so.
+            return None
+
+    def answer_on(self, connection: Connection, listener: AnswerListener) -> Answer:
+        """Makes what takes the answer to the request that is sent on a connection next."""
+        return Answer(connection, listener, idle_seconds=self.timeouts.idle_seconds)
+
+    def send(
+        self,
+        connection: Connection,
+        answer: Answer,
+        endpoint: Endpoint,
+        path: str,
+        *,
+        body: bytes,
+        headers: bytes,
+        deadline_seconds: float,
+        method: str = "POST",
+    ) -> None:
+        """Sends a request; the answer's listener may be told of its end before this returns.
+
+        Args:
+            connection: Of the endpoint, unused.
+            answer: Takes what comes back.
+            endpoint: Where to.
+            path: Route, with its query.
+            body: Sent byte for byte.
+            headers: Lines, sent as they are; those of the host and of the body's length are added.
+            deadline_seconds: Until the answer can be judged, on the monotonic clock.
+            method: Of HTTP.
+        """
+        origin = self._pool.origin(endpoint.url)
+        head = b"%b%b%b%b%bcontent-length: %d\r\n\r\n" % (
+            method.encode(),
+            origin.before_path,
+            path.encode(),
+            origin.after_path,
+            headers,
+            len(body),
+        )
+        connection.send(answer, head, body, deadline_seconds=deadline_seconds)
+
+    def stale(self, answer: Answer, sent_seconds: float) -> bool:
+        """Tells whether the engine had closed a kept connection before it saw the request.
+
+        The same engine gets it once more then, on a connection of its own.
+        """
+        if answer.begun or answer.timed_out or self.monotonic() - sent_seconds >= STALE_SECONDS:
+            return False
+        self._on_stale()
+        return True
 
     async def attempt(
         self,
@@ -65,59 +127,55 @@ class Forwarder:
         headers: bytes,
         stream: bool,
         method: str = "POST",
-    ) -> Answer:
-        """Sends a request and returns the answer once its first byte is there.
+        fresh: bool = False,
+    ) -> tuple[Answer, AnswerSignals]:
+        """Sends a request and returns the answer once its first byte is there, and what tells of its end.
 
         The caller must call the answer's `release`, whatever happens.
 
         Args:
             endpoint: Where to.
-            path: Route, with its query.
-            body: Sent byte for byte.
-            headers: Lines, sent as they are; those of the host and of the body's length are added.
+            path: As of `send`, and so are body, headers and method.
+            body: See there.
+            headers: See there.
             stream: True when the client asked for a stream.
-            method: Of HTTP.
+            method: See there.
+            fresh: On a new connection in any case.
 
         Raises:
             AttemptFailed: There will be no first byte, or the engine says that it does not serve.
         """
-        started = self._monotonic()
-        limit = self._timeouts.until_first_byte(stream=stream)
-        origin = self._pool.origin(endpoint.url)
-        head = b"%b %b%b HTTP/1.1\r\nhost: %b\r\n%bcontent-length: %d\r\n\r\n" % (
-            method.encode(),
-            origin.path.encode(),
-            path.encode(),
-            origin.authority.encode(),
-            headers,
-            len(body),
-        )
-        connection = origin.take()
-        if connection is not None:
-            answer = await self._send(connection, head, body, deadline_seconds=started + limit)
-            if answer.begun or answer.timed_out or self._monotonic() - started >= STALE_SECONDS:
-                return _judged(answer, limit)
-            # The engine had closed this kept connection before it saw the request: the same engine gets it
-            # once more, on a connection of its own.
-            self._on_stale()
-        connection = await self._pool.connect(origin)
-        answer = await self._send(connection, head, body, deadline_seconds=started + limit)
-        return _judged(answer, limit)
-
-    async def _send(
-        self, connection: Connection, head: bytes, body: bytes, *, deadline_seconds: float
-    ) -> Answer:
-        answer = Answer(connection, idle_seconds=self._timeouts.idle_seconds)
-        try:
-            connection.send(answer, head, body, deadline_seconds=deadline_seconds)
-            await answer.first
-        except BaseException:
-            answer.release()
-            raise
-        return answer
+        started = self.monotonic()
+        limit = self.timeouts.until_first_byte(stream=stream)
+        connection = None if fresh else self.kept_connection(endpoint)
+        while True:
+            kept = connection is not None
+            if connection is None:
+                connection = await self._pool.connect(self._pool.origin(endpoint.url))
+            signals = AnswerSignals()
+            answer = self.answer_on(connection, signals)
+            try:
+                self.send(
+                    connection,
+                    answer,
+                    endpoint,
+                    path,
+                    body=body,
+                    headers=headers,
+                    deadline_seconds=started + limit,
+                    method=method,
+                )
+                await signals.ready
+            except BaseException:
+                answer.release()
+                raise
+            if kept and self.stale(answer, started):
+                connection = None
+                continue
+            return judged(answer, limit), signals
 
 
-def _judged(answer: Answer, limit_seconds: float) -> Answer:
+def judged(answer: Answer, limit_seconds: float) -> Answer:
     """Returns an answer that the client can have.
 
     Raises:

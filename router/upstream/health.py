@@ -66,9 +66,18 @@ class Probe:
         """Takes the endpoint's mark; None where there is nothing to probe."""
         self._mark = mark
 
-    def __enter__(self) -> None:
+    def begin(self) -> None:
+        """The request begins."""
         if self._mark is not None:
             self._mark.probing = True
+
+    def end(self) -> None:
+        """The request has ended."""
+        if self._mark is not None:
+            self._mark.probing = False
+
+    def __enter__(self) -> None:
+        self.begin()
 
     def __exit__(
         self,
@@ -76,8 +85,7 @@ class Probe:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._mark is not None:
-            self._mark.probing = False
+        self.end()
 
 
 # Nearly every request's, so that it costs none an object.

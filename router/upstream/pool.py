@@ -38,11 +38,13 @@ class Origin:
         host: Name or address.
         port: TCP port.
         secure: TLS.
-        path: Path before the routes; without a slash at its end.
-        authority: Host header.
+        before_path: What stands between the method and the route in a request's first line.
+        after_path: What follows the route: the rest of the line, and the Host header.
     """
 
-    __slots__ = ("_deadlines", "_kept", "_opened", "authority", "host", "path", "port", "secure")
+    __slots__ = (
+        "_deadlines", "_kept", "_opened", "after_path", "before_path", "host", "port", "secure",
+    )  # fmt: skip
 
     def __init__(self, url: str, deadlines: Deadlines) -> None:
         """Takes the base URL of an endpoint.
@@ -56,11 +58,13 @@ class Origin:
         self.secure = parts.scheme == "https"
         self.host = parts.hostname
         self.port = parts.port or (443 if self.secure else 80)
-        self.path = parts.path.rstrip("/")
-        if not _HOST.fullmatch(self.host) or not _PATH.fullmatch(self.path) or parts.query:
+        path = parts.path.rstrip("/")
+        if not _HOST.fullmatch(self.host) or not _PATH.fullmatch(path) or parts.query:
             raise ValueError(f"{url[:200]!r} has characters that do not belong into a URL")
         host = f"[{self.host}]" if ":" in self.host else self.host
-        self.authority = host if parts.port is None else f"{host}:{self.port}"
+        authority = host if parts.port is None else f"{host}:{self.port}"
+        self.before_path = f" {path}".encode()
+        self.after_path = f" HTTP/1.1\r\nhost: {authority}\r\n".encode()
         self._deadlines = deadlines
         self._kept: list[Connection] = []
         self._opened: set[Connection] = set()

@@ -66,24 +66,14 @@ def start_answer(
     downstream.start(answer.status, headers, length=answer.length if keeps_length else None)
 
 
-async def relay(
-    answer: Answer,
-    downstream: Downstream,
-    transform: Transform | None = None,
-    *,
-    client_stall_seconds: float,
-) -> Outcome:
-    """Relays the body of an answer to its end; ends or breaks off nothing on the client's side.
+def finish_relay(answer: Answer, downstream: Downstream, transform: Transform | None) -> Outcome:
+    """Writes what is left when an answer has ended; ends or breaks off nothing on the client's side.
 
     Args:
-        answer: The engine's. Where it broke, its `failure` says how.
-        downstream: Started.
-        transform: What the body goes through; None for nothing.
-        client_stall_seconds: How long a client may refuse to take a piece. One that does is cut off.
+        answer: The engine's, which has ended. Where it broke, its `failure` says how.
+        downstream: Started. A client that has refused to take a piece for too long is cut off.
+        transform: What the body went through; None for nothing.
     """
-    answer.flow(downstream, transform, client_stall_seconds=client_stall_seconds)
-    if answer.outcome is None:
-        await answer.ended
     outcome = answer.outcome
     if outcome is Outcome.COMPLETE and transform is not None:
         downstream.write(transform.finish())

@@ -1,7 +1,7 @@
 """One request of the hot path: its head, and its body as it comes.
 
 In come the head and the bytes of the body, out comes the body once all of it is there. It is read once, by
-the task that serves the request; how many bytes may come is the connection's business.
+whoever serves the request; how many bytes may come is the connection's business.
 """
 
 import asyncio
@@ -58,6 +58,10 @@ class WireRequest:
             self._arrived = Signal()
             async with asyncio.timeout(timeout_seconds):
                 await self._arrived
+        return self.body()
+
+    def body(self) -> bytes:
+        """Returns the body, of which nothing is missing."""
         pieces = self._pieces
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 

@@ -3,39 +3,55 @@
     bytes ─► head complete and plainly hot? ─ yes ─► serve it, keep the connection, look at the next head
                                             └ no ──► aiohttp gets every byte from here on, for good
 
-In come the bytes of a connection, out go calls of `serve` with a `WireRequest` and a `WireDownstream`. The
+In come the bytes of a connection, out go calls of `serve` with a `WireRequest` and a `WireDownstream`; what
+it returns is `Serving`, to be cancelled when the client leaves. The
 connection is aiohttp's own class with one method in front, so that whatever is not hot is parsed, limited and
 answered by aiohttp exactly as without this module. Requests of a connection are served one after the other;
 what comes early waits in one bounded buffer, unread.
 """
 
 import asyncio
-from collections.abc import Callable, Coroutine, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
 
-import structlog
 from aiohttp import web
 from aiohttp.web_protocol import RequestHandler
 
 from router.wire.downstream import WireDownstream
 from router.wire.request import WireRequest
 from router.wire.request_head import HeadReader, may_become_hot
-from router.wire.task import EagerTask, Signal
-
-_log = structlog.get_logger(__name__)
+from router.wire.task import Signal
 
 # As aiohttp: how long the rest of a body is read that nobody wants, so that its client reads the answer.
 LINGER_SECONDS = 10.0
 
 
-Serve = Callable[[WireRequest, WireDownstream], Coroutine[Any, Any, None]]
+class Serving(Protocol):
+    """One request that is being served.
+
+    Attributes:
+        done: It has ended.
+    """
+
+    @property
+    def done(self) -> bool:
+        """It has ended."""
+        ...
+
+    def cancel(self) -> object:
+        """Ends it, because its client has left or the time is over; may do so later."""
+        ...
+
+
+# Serves a request, answers its errors, and calls what it is given at the end, perhaps before it returns.
+Serve = Callable[[WireRequest, WireDownstream, Callable[[], None]], Serving]
 
 
 class WireProtocol(RequestHandler):
     """One client connection."""
 
     __slots__ = (
-        "_downstream", "_early", "_linger", "_ordinary", "_over", "_reader", "_request", "_serve", "_task",
+        "_downstream", "_early", "_linger", "_ordinary", "_over", "_reader", "_request", "_serve", "_serving",
     )  # fmt: skip
 
     def __init__(
@@ -48,7 +64,7 @@ class WireProtocol(RequestHandler):
         self._early = b""
         self._request: WireRequest | None = None
         self._downstream: WireDownstream | None = None
-        self._task: EagerTask | None = None
+        self._serving: Serving | None = None
         self._over: Signal | None = None
         self._linger: asyncio.TimerHandle | None = None
 
@@ -62,7 +78,7 @@ class WireProtocol(RequestHandler):
             self._begin(self._early + data if self._early else data)
             return
         self._feed(request, data)
-        if not request.missing_bytes and self._task is None and self._request is request:
+        if not request.missing_bytes and self._serving is None and self._request is request:
             self._request = None
             self._next()
 
@@ -86,9 +102,9 @@ class WireProtocol(RequestHandler):
         self._early = b""
         self._feed(request, data[end:])
         downstream = self._downstream = WireDownstream(transport, blocked=self._paused)
-        task = EagerTask(self._serve(request, downstream), self._loop, self._served)
-        if not task.done:
-            self._task = task
+        serving = self._serve(request, downstream, self._served)
+        if not serving.done:
+            self._serving = serving
 
     def _feed(self, request: WireRequest, data: bytes) -> None:
         """Gives a request the bytes of its body; keeps what comes after it."""
@@ -107,16 +123,13 @@ class WireProtocol(RequestHandler):
         self._early = b""
         super().data_received(data)
 
-    def _served(self, error: BaseException | None) -> None:
-        """The task of a request has ended."""
-        self._task = None
+    def _served(self) -> None:
+        """A request has ended."""
+        self._serving = None
         downstream, request = self._downstream, self._request
         self._downstream = None
         if self._over is not None:
             self._over.set()
-        if isinstance(error, Exception):
-            # Whoever serves answers its own errors; this is one that it did not foresee.
-            _log.error("request failed", error=repr(error))
         if downstream is None or request is None or self.transport is None:
             return
         if not downstream.ended:
@@ -160,15 +173,15 @@ class WireProtocol(RequestHandler):
 
     async def shutdown(self, timeout: float | None = 15.0) -> None:  # noqa: ASYNC109 - aiohttp's signature
         """Waits for the request that is being served, then closes."""
-        if self._task is not None:
+        if self._serving is not None:
             self._close = True
             self._over = Signal()
             try:
                 async with asyncio.timeout(timeout):
                     await self._over
             except TimeoutError:
-                if self._task is not None:
-                    self._task.cancel()
+                if self._serving is not None:
+                    self._serving.cancel()
         await super().shutdown(timeout)
 
     def connection_lost(self, exc: BaseException | None) -> None:
@@ -178,8 +191,8 @@ class WireProtocol(RequestHandler):
         super().connection_lost(exc)
         if self._downstream is not None:
             self._downstream.lose()
-        if self._task is not None:
-            self._task.cancel()
+        if self._serving is not None:
+            self._serving.cancel()
 
     def pause_writing(self) -> None:
         """The transport holds more than is good."""
@@ -208,7 +221,7 @@ class WireServer(web.Server):
         Args:
             server: As aiohttp makes it; gives handler, request factory and options.
             routes: Of the hot path, by path.
-            serve: Serves one request; it must answer its own errors.
+            serve: Serves one request.
         """
         super().__init__(
             server.request_handler,

@@ -4,7 +4,7 @@ from typing import Any, cast
 
 import pytest
 
-from router.upstream.answer import HELD_BYTES_MAX, Answer
+from router.upstream.answer import HELD_BYTES_MAX, Answer, AnswerSignals
 from router.upstream.relay import Outcome
 from router.wire.deadlines import NEVER
 from tests.support.clock import ManualClock
@@ -63,7 +63,8 @@ def clock() -> ManualClock:
 
 def _answer(clock: ManualClock) -> tuple[Answer, _Connection, _Downstream]:
     connection = _Connection(clock)
-    return Answer(cast("Any", connection), idle_seconds=IDLE_SECONDS), connection, _Downstream()
+    answer = Answer(cast("Any", connection), AnswerSignals(), idle_seconds=IDLE_SECONDS)
+    return answer, connection, _Downstream()
 
 
 def _flow(answer: Answer, downstream: _Downstream, transform: Any = None) -> None:
@@ -73,7 +74,7 @@ def _flow(answer: Answer, downstream: _Downstream, transform: Any = None) -> Non
 def test_a_whole_answer_is_judged_when_it_is_complete(clock: ManualClock) -> None:
     answer, connection, downstream = _answer(clock)
     answer.received(b"HTTP/1.1 200 OK\r\ncontent-length: 5\r\n\r\nhello")
-    assert answer.first.is_set
+    assert answer.ready
     assert answer.outcome is Outcome.COMPLETE
     assert connection.kept == [True]
     _flow(answer, downstream)
@@ -85,9 +86,9 @@ def test_a_whole_answer_is_judged_when_it_is_complete(clock: ManualClock) -> Non
 def test_an_error_is_judged_with_its_body_only(clock: ManualClock) -> None:
     answer, _, _ = _answer(clock)
     answer.received(b"HTTP/1.1 500 No\r\ncontent-length: 5\r\n\r\nhel")
-    assert not answer.first.is_set
+    assert not answer.ready
     answer.received(b"lo")
-    assert answer.first.is_set
+    assert answer.ready
     assert answer.head == b"hello"
 
 
