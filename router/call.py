@@ -4,8 +4,6 @@ In come its parts from whatever reads requests. The director and those who choos
 nothing.
 """
 
-from dataclasses import dataclass, field
-
 from router.decisions.log import Decision
 from router.delivery import Delivery
 from router.downstream import Downstream
@@ -16,7 +14,6 @@ from router.record import RequestRecord
 from router.wire.headers import RequestHeaders
 
 
-@dataclass(slots=True)
 class Call:
     """A request that has been admitted and understood.
 
@@ -38,18 +35,36 @@ class Call:
         decision: What was chosen so far; None before the first choice.
     """
 
-    path: str
-    headers: RequestHeaders
-    downstream: Downstream
-    record: RequestRecord
-    context: RequestContext
-    parsed: ParsedBody
-    delivery: Delivery
-    pinned: str = ""
-    method: str = "POST"
-    tried: set[tuple[str, str]] = field(default_factory=set)
-    attempts: int = 0
-    deadline_seconds: float | None = None
-    diverted: bool = False
-    selector: Selector | None = None
-    decision: Decision | None = None
+    __slots__ = (
+        "attempts", "context", "deadline_seconds", "decision", "delivery", "diverted", "downstream",
+        "headers", "method", "parsed", "path", "pinned", "record", "selector", "tried",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        *,
+        path: str,
+        headers: RequestHeaders,
+        downstream: Downstream,
+        record: RequestRecord,
+        context: RequestContext,
+        parsed: ParsedBody,
+        delivery: Delivery,
+        pinned: str,
+        method: str,
+    ) -> None:
+        self.path = path
+        self.headers = headers
+        self.downstream = downstream
+        self.record = record
+        self.context = context
+        self.parsed = parsed
+        self.delivery = delivery
+        self.pinned = pinned
+        self.method = method
+        self.tried: set[tuple[str, str]] = set()
+        self.attempts = 0
+        self.deadline_seconds: float | None = None
+        self.diverted = False
+        self.selector: Selector | None = None
+        self.decision: Decision | None = None

@@ -14,7 +14,6 @@ from types import TracebackType
 from typing import Self
 
 from core.clock import Clock
-from core.identity import bearer_token, hash_secret
 from router.admission.gate import Bounds, NotServed
 from router.admission.refusals import refusal_of, states_of
 from router.admission.split import Splitter
@@ -151,8 +150,12 @@ class Director:
         self._metrics.view_changed(view)
         self.candidates.view_changed(view)
 
-    def authenticate(self, authorization: str | None, record: RequestRecord) -> Tenant:
+    def authenticate(self, key_hash: str, record: RequestRecord) -> Tenant:
         """Finds out whose request it is.
+
+        Args:
+            key_hash: Of the key that it shows; empty for none.
+            record: Gets tenant and tier.
 
         Raises:
             Refusal: No key, an unknown key, or no view yet.
@@ -160,10 +163,9 @@ class Director:
         view = self._source.view
         if not view.synced:
             raise errors.view_not_synced()
-        token = bearer_token(authorization)
-        if token is None:
+        if not key_hash:
             raise errors.api_key_missing()
-        found = view.authenticate(hash_secret(token))
+        found = view.authenticate(key_hash)
         if found is None:
             raise errors.api_key_invalid()
         key, tenant = found

@@ -39,7 +39,7 @@ _log = structlog.get_logger(__name__)
 
 
 class Exchange:
-    """Serves one request, as `router.wire.server.Serving`; an `AnswerListener` of its engine's answer.
+    """Serves one request, as `router.wire.connection.Serving`; an `AnswerListener` of its engine's answer.
 
     Attributes:
         done: It has ended.

@@ -15,9 +15,10 @@ import orjson
 from router.openai import errors
 
 
-@dataclass(frozen=True, slots=True)
+# With an `__init__` of its own: one that `dataclass` makes is never compiled, and every request makes one.
+@dataclass(init=False, slots=True)
 class ParsedBody:
-    """What the router reads of a request.
+    """What the router reads of a request; nobody changes it once it is made.
 
     Attributes:
         model: As the client named it.
@@ -27,7 +28,12 @@ class ParsedBody:
 
     model: str
     stream: bool
-    document: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
+    document: Mapping[str, Any] = field(compare=False, repr=False)
+
+    def __init__(self, model: str, stream: bool, document: Mapping[str, Any] | None = None) -> None:
+        self.model = model
+        self.stream = stream
+        self.document = {} if document is None else document
 
     def renamed(self, body: bytes, model: str) -> bytes:
         """Returns the body with another model name.
@@ -66,7 +72,7 @@ def parse_body(body: bytes) -> ParsedBody:
     stream = document.get("stream")
     if stream is not None and not isinstance(stream, bool):
         raise errors.parameter_invalid("stream", "a boolean")
-    return ParsedBody(model=model, stream=bool(stream), document=document)
+    return ParsedBody(model, bool(stream), document)
 
 
 _SPACE = re.compile(r"[ \t\n\r]*")

@@ -20,7 +20,7 @@ _BOUNDARY = re.compile(r';\s*boundary=(?:"([^"]{1,200})"|([^\s;"]{1,200}))', re.
 _NAME = re.compile(rb'^content-disposition:[^\r\n]*?;\s*name="([^"\r\n]*)"', re.IGNORECASE | re.MULTILINE)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(init=False, slots=True)
 class MultipartBody(ParsedBody):
     """What the router reads of a form.
 
@@ -29,8 +29,13 @@ class MultipartBody(ParsedBody):
         model_end: Where it ends, exclusive.
     """
 
-    model_start: int = 0
-    model_end: int = 0
+    model_start: int
+    model_end: int
+
+    def __init__(self, model: str, stream: bool, *, model_start: int, model_end: int) -> None:
+        ParsedBody.__init__(self, model, stream)
+        self.model_start = model_start
+        self.model_end = model_end
 
     def renamed(self, body: bytes, model: str) -> bytes:
         """Returns the form with another model name."""
@@ -71,7 +76,7 @@ def parse_multipart(body: bytes, content_type: str) -> MultipartBody:
         raise errors.model_missing()
     start, end = fields[b"model"]
     stream = _text(body, fields, b"stream").strip().lower() in ("true", "1")
-    return MultipartBody(model=model, stream=stream, model_start=start, model_end=end)
+    return MultipartBody(model, stream, model_start=start, model_end=end)
 
 
 def _text(body: bytes, fields: dict[bytes, tuple[int, int]], name: bytes) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 import orjson
 from aiohttp import hdrs, web
 
+from core.identity import bearer_token, hash_secret
 from router.call import Call
 from router.director import Director
 from router.downstream import Downstream, Incoming
@@ -82,7 +83,11 @@ class OpenAISurface:
         Raises:
             Refusal: Nobody's, or nobody can tell yet.
         """
-        return self._director.authenticate(_credentials(headers), record)
+        key_hash = headers.key_hash
+        if key_hash is None:
+            token = bearer_token(_credentials(headers))
+            key_hash = headers.key_hash = "" if token is None else hash_secret(token)
+        return self._director.authenticate(key_hash, record)
 
     def understand(
         self,

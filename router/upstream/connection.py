@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 _JOINED_BYTES_MAX = 64 * 1024
 
 
-class Connection(asyncio.Protocol):
-    """A connection and who waits for its bytes.
+class Connection:
+    """A connection and who waits for its bytes; a protocol of asyncio, though none of its classes.
 
     Attributes:
         reusable: Another request may follow.
@@ -107,6 +107,16 @@ class Connection(asyncio.Protocol):
         else:
             # Nobody asked: whatever it is must not be taken for the next answer.
             self.abort()
+
+    def eof_received(self) -> bool | None:
+        """The engine sends no more: the transport closes."""
+        return None
+
+    def pause_writing(self) -> None:
+        """The engine takes less than it is sent; what waits is one request, which is bounded."""
+
+    def resume_writing(self) -> None:
+        """The engine takes more again."""
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The connection is gone."""

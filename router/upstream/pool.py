@@ -12,6 +12,7 @@ import socket
 import ssl
 from collections.abc import Collection, Sequence
 from contextlib import suppress
+from typing import cast
 from urllib.parse import urlsplit
 
 from core.clock import Clock
@@ -167,8 +168,9 @@ class UpstreamPool:
         failure: OSError | None = None
         for address in await self._resolve(origin):
             try:
-                _, connection = await loop.create_connection(
-                    lambda: Connection(origin, self._clock.monotonic),
+                connection = Connection(origin, self._clock.monotonic)
+                await loop.create_connection(
+                    lambda protocol=connection: cast("asyncio.Protocol", protocol),
                     address,
                     origin.port,
                     ssl=self._context() if origin.secure else None,

@@ -14,13 +14,16 @@ class RequestHeaders:
     Attributes:
         pairs: Names and values as they came, in order.
         forwarded: What `upstream.headers` has made of them for engines; None before the first time.
+        key_hash: Hash of the key that they show, by whoever authenticates; None before the first time, empty
+            where they show none.
     """
 
-    __slots__ = ("_values", "forwarded", "pairs")
+    __slots__ = ("_values", "forwarded", "key_hash", "pairs")
 
     def __init__(self, pairs: Sequence[tuple[bytes, bytes]]) -> None:
         self.pairs = pairs
         self.forwarded: bytes | None = None
+        self.key_hash: str | None = None
         self._values: dict[str, str] = {}
         for name, value in pairs:
             self._values.setdefault(

@@ -11,7 +11,6 @@ name twice, a host, one length, and nothing that changes framing or the connecti
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
 
 from core.telemetry import REQUEST_ID_HEADER, TRACE_PARENT_HEADER, given_request_id, trace_id_of
 from router.wire.headers import RequestHeaders
@@ -48,9 +47,8 @@ _UNUSUAL = frozenset(
 _KEEP_ALIVE = "keep-alive"
 
 
-@dataclass(frozen=True, slots=True)
 class RequestHead:
-    """Head of a request of the hot path.
+    """Head of a request of the hot path; nobody changes it once it is made.
 
     Attributes:
         route: Its route.
@@ -62,13 +60,38 @@ class RequestHead:
         trace_parent: The client's `traceparent`; empty without a valid one.
     """
 
-    route: str
-    path: str
-    headers: RequestHeaders
-    length: int
-    request_id: str | None
-    trace_id: str | None
-    trace_parent: str
+    __slots__ = ("headers", "length", "path", "request_id", "route", "trace_id", "trace_parent")
+
+    def __init__(
+        self,
+        *,
+        route: str,
+        path: str,
+        headers: RequestHeaders,
+        length: int,
+        request_id: str | None,
+        trace_id: str | None,
+        trace_parent: str,
+    ) -> None:
+        self.route = route
+        self.path = path
+        self.headers = headers
+        self.length = length
+        self.request_id = request_id
+        self.trace_id = trace_id
+        self.trace_parent = trace_parent
+
+    def with_length(self, length: int) -> "RequestHead":
+        """Returns the same head of a body with another length."""
+        return RequestHead(
+            route=self.route,
+            path=self.path,
+            headers=self.headers,
+            length=length,
+            request_id=self.request_id,
+            trace_id=self.trace_id,
+            trace_parent=self.trace_parent,
+        )
 
 
 def may_become_hot(data: bytes) -> bool:
@@ -119,12 +142,12 @@ def parse_request_head(raw: bytes, routes: Mapping[bytes, str]) -> RequestHead |
 class HeadReader:
     """Reads the heads of one connection, whose requests mostly differ in nothing but their length."""
 
-    __slots__ = ("_after", "_before", "_head", "_routes")
+    __slots__ = ("_after", "_before", "_head", "_raw", "_routes")
 
     def __init__(self, routes: Mapping[bytes, str]) -> None:
         """Takes the routes of the hot path, by their path."""
         self._routes = routes
-        self._before = self._after = b""
+        self._raw = self._before = self._after = b""
         self._head: RequestHead | None = None
 
     def read(self, raw: bytes) -> RequestHead | None:
@@ -132,17 +155,19 @@ class HeadReader:
 
         The two are the same but for `content-length`, which is told by `RequestHead.length` alone.
         """
+        known = self._head
+        if known is not None and raw == self._raw:
+            return known
         line = _LENGTH_LINE.search(raw)
         if line is None:
             return None
         start, end = line.span(1)
-        known = self._head
         if known is not None and raw[:start] == self._before and raw[end:] == self._after:
             length = int(line[1])
-            return known if length == known.length else replace(known, length=length)
+            return known if length == known.length else known.with_length(length)
         head = parse_request_head(raw, self._routes)
         if head is not None:
-            self._head, self._before, self._after = head, raw[:start], raw[end:]
+            self._head, self._raw, self._before, self._after = head, raw, raw[:start], raw[end:]
         return head
 
 

@@ -1,214 +1,88 @@
 """The server's side of client connections: hot requests are served here, all others by aiohttp.
 
-    bytes ─► head complete and plainly hot? ─ yes ─► serve it, keep the connection, look at the next head
-                                            └ no ──► aiohttp gets every byte from here on, for good
-
-In come the bytes of a connection, out go calls of `serve` with a `WireRequest` and a `WireDownstream`; what
-it returns is `Serving`, to be cancelled when the client leaves. The
-connection is aiohttp's own class with one method in front, so that whatever is not hot is parsed, limited and
-answered by aiohttp exactly as without this module. Requests of a connection are served one after the other;
-what comes early waits in one bounded buffer, unread.
+In come connections, out goes aiohttp's own handler for each, with a `WireConnection` in front: the transport
+talks to that until a request comes that is not hot, and to the handler from then on. So whatever is not hot
+is parsed, limited and answered by aiohttp exactly as without this module. It serves nothing itself.
 """
 
 import asyncio
-from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from collections.abc import Mapping
+from typing import Any, cast
 
 from aiohttp import web
 from aiohttp.web_protocol import RequestHandler
 
-from router.wire.downstream import WireDownstream
-from router.wire.request import WireRequest
-from router.wire.request_head import HeadReader, may_become_hot
-from router.wire.task import Signal
-
-# As aiohttp: how long the rest of a body is read that nobody wants, so that its client reads the answer.
-LINGER_SECONDS = 10.0
-
-
-class Serving(Protocol):
-    """One request that is being served.
-
-    Attributes:
-        done: It has ended.
-    """
-
-    @property
-    def done(self) -> bool:
-        """It has ended."""
-        ...
-
-    def cancel(self) -> object:
-        """Ends it, because its client has left or the time is over; may do so later."""
-        ...
-
-
-# Serves a request, answers its errors, and calls what it is given at the end, perhaps before it returns.
-Serve = Callable[[WireRequest, WireDownstream, Callable[[], None]], Serving]
+from router.wire.connection import Serve, WireConnection
 
 
 class WireProtocol(RequestHandler):
-    """One client connection."""
+    """One client connection. Implements `router.wire.connection.Handler`."""
 
-    __slots__ = (
-        "_downstream", "_early", "_linger", "_ordinary", "_over", "_reader", "_request", "_serve", "_serving",
-    )  # fmt: skip
+    __slots__ = ("_hot", "_routes", "_serve")
 
     def __init__(
         self, server: web.Server, *, routes: Mapping[bytes, str], serve: Serve, **options: Any
     ) -> None:
         super().__init__(server, **options)
-        self._reader = HeadReader(routes)
+        self._routes = routes
         self._serve = serve
-        self._ordinary = False
-        self._early = b""
-        self._request: WireRequest | None = None
-        self._downstream: WireDownstream | None = None
-        self._serving: Serving | None = None
-        self._over: Signal | None = None
-        self._linger: asyncio.TimerHandle | None = None
+        # None before the connection stands, and after a request that was not hot.
+        self._hot: WireConnection | None = None
 
-    def data_received(self, data: bytes) -> None:
-        """Takes the next bytes of the client."""
-        if self._ordinary:
-            super().data_received(data)
-            return
-        request = self._request
-        if request is None:
-            self._begin(self._early + data if self._early else data)
-            return
-        self._feed(request, data)
-        if not request.missing_bytes and self._serving is None and self._request is request:
-            self._request = None
-            self._next()
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """The connection stands: hot until it shows otherwise."""
+        super().connection_made(transport)
+        connection = cast("asyncio.Transport", transport)
+        self._hot = WireConnection(self, connection, self._loop, self._routes, self._serve)
+        # It has all methods of a protocol, and is none of asyncio's classes so that it can be compiled.
+        connection.set_protocol(cast("asyncio.Protocol", self._hot))
 
-    def _begin(self, data: bytes) -> None:
-        """Looks at the beginning of a request."""
-        if self._force_close or self._close:
-            return
-        end = data.find(b"\r\n\r\n") + 4
-        if end < 4:
-            if may_become_hot(data):
-                self._early = data
-            else:
-                self._hand_over(data)
-            return
-        head = self._reader.read(data[:end])
-        transport = self.transport
-        if head is None or transport is None:
-            self._hand_over(data)
-            return
-        request = self._request = WireRequest(head)
-        self._early = b""
-        self._feed(request, data[end:])
-        downstream = self._downstream = WireDownstream(transport, blocked=self._paused)
-        serving = self._serve(request, downstream, self._served)
-        if not serving.done:
-            self._serving = serving
+    def connection_lost(self, exc: BaseException | None) -> None:
+        """The connection is gone."""
+        super().connection_lost(exc)
+        self._hot = None
 
-    def _feed(self, request: WireRequest, data: bytes) -> None:
-        """Gives a request the bytes of its body; keeps what comes after it."""
-        missing = request.missing_bytes
-        if len(data) > missing:
-            # The next request comes before the answer of this one: it waits, and so does what follows it.
-            self._early += data[missing:]
-            self._pause_transport_reading()
-            data = data[:missing]
-        if data:
-            request.feed(data)
+    # What the hot connection asks.
 
-    def _hand_over(self, data: bytes) -> None:
-        """Gives this and all that follows to aiohttp."""
-        self._ordinary = True
-        self._early = b""
-        super().data_received(data)
+    @property
+    def closing(self) -> bool:
+        """No further request of this connection is served."""
+        return self._close or self._force_close
 
-    def _served(self) -> None:
-        """A request has ended."""
-        self._serving = None
-        downstream, request = self._downstream, self._request
-        self._downstream = None
-        if self._over is not None:
-            self._over.set()
-        if downstream is None or request is None or self.transport is None:
-            return
-        if not downstream.ended:
-            # Nothing may look complete.
-            self.transport.abort()
-            return
+    def served(self) -> None:
+        """A request has been answered: the connection may stay idle for a while from now on."""
         self._next_keepalive_close_time = self._loop.time() + self._keepalive_timeout
-        if downstream.closes:
-            self._close = True
-        if request.missing_bytes:
-            # Closing now would reset the connection before the client has read its answer.
-            request.discard()
-            self._linger = self._loop.call_later(LINGER_SECONDS, self.force_close)
-            return
-        self._request = None
-        if self._early or self._close:
-            self._loop.call_soon(self._next)
 
-    def _next(self) -> None:
-        """Goes on with what came early, if the connection goes on."""
-        if self._linger is not None:
-            self._linger.cancel()
-            self._linger = None
-        if self._close:
-            self.force_close()
-        if self.transport is None or self._request is not None or self._ordinary:
-            return
-        data, self._early = self._early, b""
-        self._resume_transport_reading()
-        if data:
-            self._begin(data)
+    def close_soon(self) -> None:
+        """The connection ends with the answer that was given last."""
+        self._close = True
 
-    # What aiohttp's server and the transport call.
+    def take_over(self, data: bytes) -> None:
+        """Takes these bytes and all that follow."""
+        self._hot = None
+        if self.transport is not None:
+            self.transport.set_protocol(self)
+        self.data_received(data)
+
+    # What aiohttp's server calls.
 
     def close(self) -> None:
         """Serves what is being served, then closes."""
-        if self._request is None:
+        if self._hot is None or not self._hot.busy:
             super().close()
         else:
             self._close = True
 
     async def shutdown(self, timeout: float | None = 15.0) -> None:  # noqa: ASYNC109 - aiohttp's signature
         """Waits for the request that is being served, then closes."""
-        if self._serving is not None:
+        if self._hot is not None:
             self._close = True
-            self._over = Signal()
-            try:
-                async with asyncio.timeout(timeout):
-                    await self._over
-            except TimeoutError:
-                if self._serving is not None:
-                    self._serving.cancel()
+            await self._hot.wait_served(timeout)
         await super().shutdown(timeout)
 
-    def connection_lost(self, exc: BaseException | None) -> None:
-        """The client has left: its request ends."""
-        if self._linger is not None:
-            self._linger.cancel()
-        super().connection_lost(exc)
-        if self._downstream is not None:
-            self._downstream.lose()
-        if self._serving is not None:
-            self._serving.cancel()
-
-    def pause_writing(self) -> None:
-        """The transport holds more than is good."""
-        super().pause_writing()
-        if self._downstream is not None:
-            self._downstream.block()
-
-    def resume_writing(self) -> None:
-        """The transport holds little again."""
-        super().resume_writing()
-        if self._downstream is not None:
-            self._downstream.unblock()
-
     def _process_keepalive(self) -> None:
-        if self._request is not None:
-            self._next_keepalive_close_time = self._loop.time() + self._keepalive_timeout
+        if self._hot is not None and self._hot.busy:
+            self.served()
         super()._process_keepalive()
 
 
