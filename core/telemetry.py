@@ -48,7 +48,8 @@ def new_request_id() -> str:
 
 def new_identifiers() -> tuple[str, str]:
     """Makes a request id and a `traceparent` value at once."""
-    digits = f"{_random.getrandbits(320):080x}"
+    # Digits out of bytes take half the time of digits out of one large number.
+    digits = _random.randbytes(40).hex()
     return digits[:32], f"00-{digits[32:64]}-{digits[64:]}-01"
 
 

@@ -9,12 +9,12 @@ With several workers each writes its numbers to files that any of them adds up f
 import os
 from bisect import bisect_left
 from collections import Counter as Tally
-from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, multiprocess
 
 from core.telemetry import render_metrics
-from router.metering.usage import Usage
+from router.metering.usage import COMPLETE, TokenCounts, Usage, UsageOutcome
+from router.openai.errors import Reason
 from router.upstream.failures import Cause, Owner
 from router.view.view import EndpointState, View
 
@@ -47,15 +47,61 @@ class _Times:
         self._buckets[bisect_left(_SECONDS, seconds)] += 1
 
     def move_to(self, histogram: Histogram) -> None:
-        """Adds all to a histogram with the same buckets."""
+        """Adds all to a histogram with the same buckets, and begins anew."""
         # Its public method takes one at a time and looks for the bucket of each again.
         for value, count in zip(histogram._buckets, self._buckets, strict=True):  # noqa: SLF001 - as above
             if count:
                 value.inc(count)
         histogram._sum.inc(self._sum_seconds)  # noqa: SLF001 - as above
+        self.taken = 0
+        self._sum_seconds = 0.0
+        self._buckets = [0] * (len(_SECONDS) + 1)
 
 
-@dataclass(slots=True)
+class _Ended:
+    """Requests of one route that ended in one way.
+
+    Attributes:
+        status_class: First digit of the status.
+        reason: Why.
+        count: How many.
+    """
+
+    __slots__ = ("count", "reason", "status_class")
+
+    def __init__(self, status_class: int, reason: Reason) -> None:
+        self.status_class = status_class
+        self.reason = reason
+        self.count = 0
+
+
+class _Route:
+    """Requests of one route.
+
+    Attributes:
+        durations: Of all.
+        first_bytes: Of those that engines answered.
+        usual: How the latest one ended, and probably the next one does.
+        others: By the ways in which they ended.
+    """
+
+    __slots__ = ("durations", "first_bytes", "others", "usual")
+
+    def __init__(self) -> None:
+        self.durations = _Times()
+        self.first_bytes = _Times()
+        self.usual = _Ended(2, Reason.OK)
+        self.others: dict[tuple[int, Reason], _Ended] = {(2, Reason.OK): self.usual}
+
+    def other(self, status_class: int, reason: Reason) -> _Ended:
+        """Returns another way of ending than the latest one, which is the usual one from now on."""
+        found = self.others.get((status_class, reason))
+        if found is None:
+            found = self.others[status_class, reason] = _Ended(status_class, reason)
+        self.usual = found
+        return found
+
+
 class _Used:
     """Usage of many requests.
 
@@ -66,10 +112,23 @@ class _Used:
         cached: Tokens of prompts that came from a cache.
     """
 
-    requests: int = 0
-    prompt: int = 0
-    completion: int = 0
-    cached: int = 0
+    __slots__ = ("cached", "completion", "prompt", "requests")
+
+    def __init__(self) -> None:
+        self.requests = 0
+        self.prompt = 0
+        self.completion = 0
+        self.cached = 0
+
+    def add(self, counts: TokenCounts) -> None:
+        """Counts one."""
+        self.requests += 1
+        if counts.prompt is not None:
+            self.prompt += counts.prompt
+        if counts.completion is not None:
+            self.completion += counts.completion
+        if counts.cached is not None:
+            self.cached += counts.cached
 
 
 class RouterMetrics:
@@ -140,9 +199,9 @@ class RouterMetrics:
         self._register_usage()
         self._open = 0
         # Bounded like the labels: closed sets, all of them.
-        self._ended: dict[tuple[str, int, str], int] = {}
-        self._times: dict[str, tuple[_Times, _Times]] = {}
-        self._used: dict[tuple[str, str], _Used] = {}
+        self._routes: dict[str, _Route] = {}
+        self._usual = _Used()
+        self._used: dict[tuple[UsageOutcome, bool], _Used] = {(COMPLETE, True): self._usual}
         self._begin_series()
 
     def _begin_series(self) -> None:
@@ -195,7 +254,7 @@ class RouterMetrics:
         *,
         route: str,
         status: int,
-        reason: str,
+        reason: Reason,
         duration_seconds: float,
         first_byte_seconds: float | None,
     ) -> None:
@@ -204,36 +263,42 @@ class RouterMetrics:
         Args:
             route: Template of the route, or `other`.
             status: HTTP status; 499 for a client that left.
-            reason: A `Reason`.
+            reason: Why it ended.
             duration_seconds: Of the whole request.
             first_byte_seconds: Until the engine's first byte; None where there was none.
         """
         self._open -= 1
-        ended = (route, status // 100, reason)
-        self._ended[ended] = self._ended.get(ended, 0) + 1
-        times = self._times.get(route)
-        if times is None:
-            times = self._times[route] = (_Times(), _Times())
-        times[0].add(duration_seconds)
+        found = self._routes.get(route)
+        if found is None:
+            found = self._routes[route] = _Route()
+        ended, status_class = found.usual, status // 100
+        if ended.reason is not reason or ended.status_class != status_class:
+            ended = found.other(status_class, reason)
+        ended.count += 1
+        found.durations.add(duration_seconds)
         if first_byte_seconds is not None:
-            times[1].add(first_byte_seconds)
+            found.first_bytes.add(first_byte_seconds)
 
     def flush(self) -> None:
         """Hands what was counted to the metric objects, each of whose calls costs as much as all of that."""
         self._in_flight.set(self._open)
-        for (route, status_class, reason), count in self._ended.items():
-            self._requests.labels(route, f"{status_class}xx", reason).inc(count)
-        self._ended.clear()
-        for route, (durations, first_bytes) in self._times.items():
-            durations.move_to(self._duration.labels(route))
-            if first_bytes.taken:
-                first_bytes.move_to(self._first_byte.labels(route))
-        self._times.clear()
+        for name, route in self._routes.items():
+            for ended in route.others.values():
+                if ended.count:
+                    labels = (name, f"{ended.status_class}xx", ended.reason.value)
+                    self._requests.labels(*labels).inc(ended.count)
+                    ended.count = 0
+            if route.durations.taken:
+                route.durations.move_to(self._duration.labels(name))
+            if route.first_bytes.taken:
+                route.first_bytes.move_to(self._first_byte.labels(name))
         for (outcome, exact), used in self._used.items():
-            self._metered.labels(outcome, exact).inc(used.requests)
-            for kind in ("prompt", "completion", "cached"):
-                self._tokens.labels(kind, outcome).inc(getattr(used, kind))
-        self._used.clear()
+            if used.requests:
+                self._metered.labels(outcome.value, "yes" if exact else "no").inc(used.requests)
+                for kind in ("prompt", "completion", "cached"):
+                    self._tokens.labels(kind, outcome.value).inc(getattr(used, kind))
+        self._usual = _Used()
+        self._used = {(COMPLETE, True): self._usual}
 
     def retried(self, cause: Cause) -> None:
         """Counts a repeated attempt."""
@@ -245,15 +310,18 @@ class RouterMetrics:
 
     def take(self, usage: Usage) -> None:
         """Counts the usage of one request; implements `UsageSink`."""
-        counts = usage.counts
-        key = (usage.outcome.value, "yes" if counts.exact else "no")
+        self.settled(usage.outcome, usage.counts)
+
+    def settled(self, outcome: UsageOutcome, counts: TokenCounts) -> None:
+        """Counts the usage of one request; all that `take` does, for those who have no `Usage`."""
+        if outcome is COMPLETE and counts.exact:
+            self._usual.add(counts)
+            return
+        key = (outcome, counts.exact)
         used = self._used.get(key)
         if used is None:
             used = self._used[key] = _Used()
-        used.requests += 1
-        used.prompt += counts.prompt or 0
-        used.completion += counts.completion or 0
-        used.cached += counts.cached or 0
+        used.add(counts)
 
     def view_changed(self, view: View) -> None:
         """Takes the numbers of a new view."""

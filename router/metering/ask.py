@@ -8,7 +8,7 @@ refuse it.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import orjson
 
@@ -23,7 +23,8 @@ _USAGE = "include_usage"
 _CONTINUOUS = "continuous_usage_stats"
 
 
-@dataclass(frozen=True, slots=True)
+# A constructor of its own is compiled with the rest, unlike the one that `dataclass` writes.
+@dataclass(init=False, slots=True)
 class Asked:
     """What a client wants to see of the usage of a stream.
 
@@ -36,16 +37,35 @@ class Asked:
             the engine can judge, and nothing is changed.
     """
 
-    usage: bool = False
-    continuous: bool = False
-    choices: int = 1
-    prompts: int | None = 1
-    readable: bool = True
+    usage: Final[bool]
+    continuous: Final[bool]
+    choices: Final[int]
+    prompts: Final[int | None]
+    readable: Final[bool]
+
+    def __init__(
+        self,
+        *,
+        usage: bool = False,
+        continuous: bool = False,
+        choices: int = 1,
+        prompts: int | None = 1,
+        readable: bool = True,
+    ) -> None:
+        self.usage = usage
+        self.continuous = continuous
+        self.choices = choices
+        self.prompts = prompts
+        self.readable = readable
 
     @property
     def single(self) -> bool:
         """The answer has one choice only."""
         return self.choices == 1 and self.prompts == 1
+
+
+# What most streams ask for.
+_NOTHING: Final = Asked()
 
 
 def read_asked(route: str, document: Mapping[str, Any]) -> Asked | None:
@@ -59,6 +79,8 @@ def read_asked(route: str, document: Mapping[str, Any]) -> Asked | None:
     choices = count if isinstance(count, int) and count > 0 else 1
     prompts = 1 if route == CHAT_ROUTE else _prompts(document.get("prompt"))
     if options is None:
+        if choices == 1 and prompts == 1 and not whole:
+            return _NOTHING
         return Asked(choices=choices, prompts=prompts, readable=not whole)
     if whole or not isinstance(options, dict):
         return Asked(choices=choices, prompts=prompts, readable=False)
@@ -85,18 +107,22 @@ def ask_usage(body: bytes, document: Mapping[str, Any], *, continuous: bool) -> 
     Raises:
         Refusal: Nested too deeply to be walked.
     """
-    wanted = {_USAGE: True, _CONTINUOUS: True} if continuous else {_USAGE: True}
     if _OPTIONS not in document:
+        if body.endswith(b"}"):
+            return body[:-1] + (_ENDING_CONTINUOUS if continuous else _ENDING)
         text = body.rstrip(b" \t\r\n")
         return text[:-1] + (_INSERT_CONTINUOUS if continuous else _INSERT) + body[len(text) - 1 :]
     options = document[_OPTIONS] or {}
+    wanted = {_USAGE: True, _CONTINUOUS: True} if continuous else {_USAGE: True}
     if all(options.get(name) is True for name in wanted):
         return body
     return replace_member(body, _OPTIONS, orjson.dumps({**options, **wanted}))
 
 
-_INSERT = b',"stream_options":{"include_usage":true}'
-_INSERT_CONTINUOUS = b',"stream_options":{"include_usage":true,"continuous_usage_stats":true}'
+_INSERT: Final = b',"stream_options":{"include_usage":true}'
+_INSERT_CONTINUOUS: Final = b',"stream_options":{"include_usage":true,"continuous_usage_stats":true}'
+_ENDING: Final = _INSERT + b"}"
+_ENDING_CONTINUOUS: Final = _INSERT_CONTINUOUS + b"}"
 
 
 def _prompts(prompt: object) -> int | None:

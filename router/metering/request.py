@@ -6,13 +6,13 @@ leaves nothing: only the answer that reached the client counts.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
 
 from router.continuation.request import obstacle
 from router.continuation.stream import ContinuedStream
 from router.metering.ask import Asked, ask_usage, read_asked
 from router.metering.stream import CompletionMeter, EventMeter, Meter
-from router.metering.usage import UNKNOWN, TokenCounts, UsageOutcome
+from router.metering.usage import COMPLETE, FAILED, UNKNOWN, TokenCounts, UsageOutcome
 from router.metering.whole import WholeMeter
 from router.openai.sse import is_event_stream
 
@@ -20,6 +20,9 @@ from router.openai.sse import is_event_stream
 # are asked for the usage chunk at the end, which all know; what a client that leaves has had from them is
 # counted by chunks, and marked as not exact.
 CONTINUOUS_USAGE_ENGINES = frozenset({"vllm", "vllm_ascend", "simulator"})
+
+
+_JSON: Final = "application/json"
 
 
 class RequestMeter:
@@ -42,7 +45,7 @@ class RequestMeter:
             stream: The client asked for a stream.
             metered: The route's answers tell usage.
         """
-        self.outcome = UsageOutcome.FAILED
+        self.outcome: UsageOutcome = FAILED
         self._route = route
         self._metered = metered
         self._document = document
@@ -50,7 +53,8 @@ class RequestMeter:
         self._asked: Asked | None = read_asked(route, document) if stream else None
         # Nothing is asked where the client asked for all of it, or in a way that only the engine can judge.
         self._asking = self._asked is not None and self._asked.readable
-        self._meter: Meter | None = None
+        # Classes and no protocol: what is called through one is looked up by name.
+        self._meter: WholeMeter | CompletionMeter | EventMeter | None = None
 
     def body_for(self, body: bytes, engine: str) -> bytes:
         """Returns the body that an engine gets: the same bytes, or with usage asked for."""
@@ -60,14 +64,14 @@ class RequestMeter:
 
     def begin(self, status: int, content_type: str, content_encoding: str) -> Meter | None:
         """Returns what reads an answer on its way; None for refusals, which use nothing."""
-        self._meter = None
-        if status < 400 and self._metered:
-            if not is_event_stream(content_type) or content_encoding:
-                self._meter = WholeMeter(encoded=bool(content_encoding))
-            elif self._asked is not None:
-                self._meter = CompletionMeter(self._asked, asking=self._asking)
-            else:
-                self._meter = EventMeter()
+        if status >= 400 or not self._metered:
+            self._meter = None
+        elif content_encoding or content_type == _JSON or not is_event_stream(content_type):
+            self._meter = WholeMeter(encoded=content_encoding != "")
+        elif self._asked is not None:
+            self._meter = CompletionMeter(self._asked, asking=self._asking)
+        else:
+            self._meter = EventMeter()
         return self._meter
 
     def joins(self) -> ContinuedStream | None:
@@ -95,4 +99,9 @@ class RequestMeter:
 
     def counts(self) -> TokenCounts:
         """Returns what is known of the usage."""
-        return UNKNOWN if self._meter is None else self._meter.counts()
+        meter = self._meter
+        if meter is None:
+            return UNKNOWN
+        if isinstance(meter, WholeMeter) and self.outcome is COMPLETE:
+            return meter.counts_of_complete()
+        return meter.counts()

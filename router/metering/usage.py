@@ -5,18 +5,19 @@ In come the counts that a meter has read from an engine's answer and the facts o
 that was counted by other means than the engine's own is marked as not exact (law 1).
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 # Numbers beyond this are no counts of tokens, whatever field they stand in.
-_TOKENS_MAX = 2**48
+_TOKENS_MAX: Final = 2**48
 
 
-@dataclass(frozen=True, slots=True)
+# The constructor that `dataclass` would write stays interpreted where all else is compiled, and `frozen` goes
+# through `object.__setattr__`: every request makes one. `Final` keeps it from being changed.
+@dataclass(init=False, slots=True)
 class TokenCounts:
-    """Tokens of one answer.
+    """Tokens of one answer; nobody changes them once they are made.
 
     Attributes:
         prompt: Tokens of the prompt, cached ones included; None where the engine did not tell.
@@ -26,13 +27,25 @@ class TokenCounts:
             counted by pieces of the answer, or are missing although something was produced.
     """
 
-    prompt: int | None = None
-    completion: int | None = None
-    cached: int | None = None
-    exact: bool = False
+    prompt: Final[int | None]
+    completion: Final[int | None]
+    cached: Final[int | None]
+    exact: Final[bool]
+
+    def __init__(
+        self,
+        prompt: int | None = None,
+        completion: int | None = None,
+        cached: int | None = None,
+        exact: bool = False,
+    ) -> None:
+        self.prompt = prompt
+        self.completion = completion
+        self.cached = cached
+        self.exact = exact
 
 
-UNKNOWN = TokenCounts()
+UNKNOWN: Final = TokenCounts()
 
 
 class UsageOutcome(StrEnum):
@@ -43,8 +56,13 @@ class UsageOutcome(StrEnum):
     FAILED = "failed"
 
 
-# Not frozen: that would triple the cost of making one, which every request pays.
-@dataclass(slots=True)
+# A member is looked up in its class, a name of a module is at hand.
+COMPLETE: Final = UsageOutcome.COMPLETE
+FAILED: Final = UsageOutcome.FAILED
+
+
+# As with the counts: a constructor that is compiled with the rest.
+@dataclass(init=False, slots=True)
 class Usage:
     """What one request used; nobody changes it once it is made.
 
@@ -72,6 +90,30 @@ class Usage:
     outcome: UsageOutcome
     latency_ms: float
 
+    def __init__(
+        self,
+        request_id: str,
+        namespace: str,
+        key_hash_prefix: str,
+        deployment: str,
+        model: str,
+        route: str,
+        tier: str,
+        counts: TokenCounts,
+        outcome: UsageOutcome,
+        latency_ms: float,
+    ) -> None:
+        self.request_id = request_id
+        self.namespace = namespace
+        self.key_hash_prefix = key_hash_prefix
+        self.deployment = deployment
+        self.model = model
+        self.route = route
+        self.tier = tier
+        self.counts = counts
+        self.outcome = outcome
+        self.latency_ms = latency_ms
+
 
 class UsageSink(Protocol):
     """Takes usage onward."""
@@ -95,7 +137,8 @@ def counts_of(usage: object) -> TokenCounts | None:
     Returns:
         The counts, or None where this is no usage object.
     """
-    if not isinstance(usage, Mapping):
+    # What parsing makes of an object is a dict, and nothing else.
+    if not isinstance(usage, dict):
         return None
     prompt = _tokens(usage, "prompt_tokens")
     if prompt is not None:
@@ -116,13 +159,14 @@ def counts_of(usage: object) -> TokenCounts | None:
     return TokenCounts(prompt, completion, cached, exact=True)
 
 
-def _tokens(usage: Mapping[str, Any], name: str) -> int | None:
+def _tokens(usage: dict[str, Any], name: str) -> int | None:
     value = usage.get(name)
-    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < _TOKENS_MAX:
+    # `isinstance` would take a truth value for a number.
+    if type(value) is int and 0 <= value < _TOKENS_MAX:
         return value
     return None
 
 
-def _cached(usage: Mapping[str, Any], name: str) -> int | None:
+def _cached(usage: dict[str, Any], name: str) -> int | None:
     details = usage.get(name)
-    return _tokens(details, "cached_tokens") if isinstance(details, Mapping) else None
+    return _tokens(details, "cached_tokens") if isinstance(details, dict) else None
