@@ -20,7 +20,7 @@ from router.metrics import RouterMetrics
 from router.openai.errors import Reason
 from router.picking.contract import Candidate
 from router.picking.selector import Flight
-from router.record import CLIENT_CLOSED_REQUEST
+from router.record import CLIENT_CLOSED_REQUEST, tier_name
 from router.upstream.answer import Answer
 from router.upstream.failures import AttemptFailed, Owner
 from router.upstream.health import DEFAULT_BREAKER, Breaker, EndpointHealth, Probe
@@ -82,8 +82,9 @@ class Attempts:
         health: EndpointHealth,
         metrics: RouterMetrics,
         clock: Clock,
-        usage_sink: UsageSink,
+        usage_sink: UsageSink | None,
     ) -> None:
+        """Takes what it works with; without a sink, usage goes to the metrics alone."""
         self._source = source
         self._candidates = candidates
         self._health = health
@@ -163,6 +164,9 @@ class Attempts:
         if not call.attempts or not meter.metered:
             return
         record.counts = meter.counts()
+        if self._usage_sink is None:
+            self._metrics.settled(meter.outcome, record.counts)
+            return
         self._usage_sink.take(
             Usage(
                 request_id=record.request_id,
@@ -171,7 +175,7 @@ class Attempts:
                 deployment=call.context.deployment,
                 model=call.parsed.model,
                 route=call.context.route,
-                tier=record.tier.name.lower(),
+                tier=tier_name(record.tier),
                 counts=record.counts,
                 outcome=meter.outcome,
                 latency_ms=(self._monotonic() - record.started_seconds) * 1000,

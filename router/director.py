@@ -129,7 +129,7 @@ class Director:
             health=self.health,
             metrics=metrics,
             clock=clock,
-            usage_sink=metrics if usage_sink is None else usage_sink,
+            usage_sink=usage_sink,
         )
         self._splitter = Splitter()
         # One for all selectors: it follows endpoints, whatever picks among them.
