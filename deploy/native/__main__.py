@@ -21,8 +21,7 @@ TREE = REPOSITORY / ".millrace" / "native"
 
 # What a request goes through. Not among them: classes that extend asyncio's or aiohttp's (mypyc gains
 # nothing), runtime-checkable protocols (mypyc refuses them), generic dataclasses with slots (they fail at
-# import), what runs once (settings, supervisor, server), and `prefix/chain`, whose list grows by reading
-# itself: a compiled `extend` copies its argument first, and the chain would have one hash.
+# import) and what runs once (settings, supervisor, server).
 MODULES = (
     "router/access_log.py",
     "router/admission/drain_rate.py",
@@ -48,6 +47,7 @@ MODULES = (
     "router/openai/events.py",
     "router/openai/multipart.py",
     "router/openai/surface.py",
+    "router/picking/candidate.py",
     "router/picking/columns.py",
     "router/picking/compiled.py",
     "router/picking/decision.py",
@@ -64,6 +64,7 @@ MODULES = (
     "router/picking/round_robin.py",
     "router/picking/selector.py",
     "router/prefix/canonical.py",
+    "router/prefix/chain.py",
     "router/prefix/index.py",
     "router/prefix/prompt.py",
     "router/prefix/rendezvous.py",

@@ -11,8 +11,10 @@ from itertools import pairwise
 
 from router.picking.full_cache_guard import KV_USAGE_MAX
 from router.picking.neutral import filled
+from router.picking.prefill_ledger import Line, PrefillLedger
 from router.prefix.chain import DEFAULT_BLOCK_TOKENS, GRAIN_TOKENS, routing_block_tokens
 from router.prefix.index import Identity, PrefixIndex
+from router.upstream.loads import Load, LoadTable
 from router.view.samples import Sample, SampleTable
 from router.view.view import Endpoint
 
@@ -28,7 +30,11 @@ class Columns:
         identities: Replica and incarnation of each.
         ordered: True where replicas stand in the order of their ids, as a view has them.
         even: True where all weights are equal.
+        positions: All of them, in order.
+        loads: What counts own requests at each; empty before `bind`.
+        lines: What each has not computed yet; empty before `bind`.
         samples: Fresh sample of each; None is unknown.
+        capacities: Tokens that the cache of each holds; 0 where that is not known.
         others: Requests that others have there, where the engine tells.
         filled_others: The same, unknown ones replaced by the mean.
         others_total: Sum of the known ones.
@@ -41,20 +47,25 @@ class Columns:
 
     __slots__ = (
         "_generation",
+        "_loads_version",
         "_oldest_seconds",
         "_recorded",
         "_version",
         "bits",
         "block_tokens",
+        "capacities",
         "deployment",
         "endpoints",
         "even",
         "filled_others",
         "identities",
+        "lines",
+        "loads",
         "names",
         "ordered",
         "others",
         "others_total",
+        "positions",
         "pressures",
         "replicas",
         "roomy",
@@ -71,38 +82,60 @@ class Columns:
         self.identities: tuple[Identity, ...] = tuple(each.identity for each in self.endpoints)
         self.ordered = all(one < two for one, two in pairwise(self.replicas))
         self.even = len({each.weight for each in self.endpoints}) == 1
-        self.samples: Sequence[Sample | None] = ()
-        self.others: Sequence[int | None] = ()
-        self.filled_others: Sequence[float] = ()
+        self.positions = list(range(len(self.endpoints)))
+        self.loads: list[Load] = []
+        self.lines: list[Line] = []
+        self._loads_version = -1
+        self.samples: list[Sample | None] = []
+        self.capacities: list[int] = []
+        self.others: list[int | None] = []
+        self.filled_others: list[float] = []
         self.others_total = 0
-        self.roomy: Sequence[int] | None = None
+        self.roomy: list[int] | None = None
         self.block_tokens = GRAIN_TOKENS
-        self.bits: Sequence[int] = ()
+        self.bits: list[int] = []
         self._version = -1
         self._oldest_seconds = math.inf
-        self.pressures: Sequence[float] = ()
+        self.pressures: list[float] = []
         self.uncached_weights: list[float] | None = None
         self._generation = -1
         self._recorded = 0
 
+    def bind(self, loads: LoadTable, ledger: PrefillLedger) -> None:
+        """Takes what counts requests and tokens at each endpoint, and takes it anew where it was replaced."""
+        if self._loads_version != loads.version:
+            self._loads_version = loads.version
+            self.loads = [loads.of(each) for each in self.replicas]
+            # A ledger forgets lines only with the columns of its selector.
+            self.lines = [ledger.of(each) for each in self.replicas]
+
+    def refresh_sizes(self, table: SampleTable) -> None:
+        """Works out again what hangs on samples of any age, where one has come or gone since."""
+        if self._version != table.version:
+            self._read(table)
+
     def refresh(self, table: SampleTable) -> None:
         """Works out again what hangs on samples, where one has come or gone stale since."""
-        if self._version == table.version and not table.any_stale(self._oldest_seconds):
-            return
+        if self._version != table.version or table.any_stale(self._oldest_seconds):
+            self._read(table)
+
+    def _read(self, table: SampleTable) -> None:
         self._version = table.version
         self.samples = [table.fresh(replica, incarnation) for replica, incarnation in self.identities]
         known = [each for each in self.samples if each is not None]
         self._oldest_seconds = min((each.taken_seconds for each in known), default=math.inf)
         self.others = [None if each is None else each.others_in_flight for each in self.samples]
-        self.filled_others = filled(self.others)
+        self.filled_others = [float(each) for each in filled(self.others)]
         self.others_total = sum(each for each in self.others if each is not None)
         roomy = [at for at, each in enumerate(self.samples) if _has_room(each)]
         self.roomy = roomy if 0 < len(roomy) < len(self.samples) else None
-        sizes = set()
+        sizes, capacities = set(), []
         for replica, incarnation in self.identities:
             sample = table.latest(replica, incarnation)
             if sample is not None and sample.kv_block_tokens is not None:
                 sizes.add(sample.kv_block_tokens)
+            capacities.append(0 if sample is None else sample.kv_cache_tokens or 0)
+        self.capacities = capacities
         self.block_tokens = routing_block_tokens(sizes.pop() if len(sizes) == 1 else DEFAULT_BLOCK_TOKENS)
 
     def refresh_bits(self, index: PrefixIndex) -> None:

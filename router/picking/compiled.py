@@ -6,8 +6,8 @@ which are what runs where weights differ or a plug-in of someone else takes part
 two to the same answer. It must not decide anything that they do not.
 """
 
+import math
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
 
 from router.picking.columns import Columns
 from router.picking.contract import Strategy
@@ -18,7 +18,7 @@ from router.picking.least_cost import DISCOUNTS, REQUEST_TOKENS, UNCACHED_WEIGHT
 from router.picking.neutral import filled
 from router.picking.rotation import Rotation
 from router.prefix.prompt import Prompt
-from router.prefix.rendezvous import digests, prefix_key
+from router.prefix.rendezvous import digests
 
 
 def compile_strategy(strategy: Strategy) -> "CompiledDefault | None":
@@ -44,11 +44,11 @@ class CompiledDefault:
         self,
         prompt: Prompt,
         columns: Columns,
-        in_flight: Sequence[int],
-        pending: Sequence[int],
-        cached: Sequence[int] | None,
-        alike: Mapping[str, int] | None,
-        pressures: Sequence[float] | None,
+        in_flight: list[int],
+        pending: list[int],
+        cached: list[int] | None,
+        alike: dict[str, int] | None,
+        pressures: list[float] | None,
     ) -> int:
         """Returns the position of the chosen endpoint.
 
@@ -63,48 +63,41 @@ class CompiledDefault:
         """
         kept = columns.roomy
         others = columns.filled_others
-        if kept is not None or max(in_flight) > HOT_FACTOR * min(in_flight) + HOT_SLACK:
+        if kept is not None or _uneven(in_flight):
             kept = _without_hot_spots(columns, in_flight, alike or {})
         if kept is not None:
             if len(kept) == 1:
                 return self._turn(columns, kept)
             in_flight = [in_flight[at] for at in kept]
             pending = [pending[at] for at in kept]
-            others = filled([columns.others[at] for at in kept])
+            others = [float(each) for each in filled([columns.others[at] for at in kept])]
             cached = None if cached is None else [cached[at] for at in kept]
             pressures = None if pressures is None else [pressures[at] for at in kept]
-        tokens = prompt.tokens
-        if cached is None:
-            uncached = [tokens] * len(pending)
-        else:
-            uncached = [tokens - each if tokens > each else 0 for each in cached]
         factors = _uncached_weights(columns, pressures, len(pending))
-        if not columns.others_total:
-            # The same formula; an addition of nothing changes no number.
-            costs = [
-                factor * computed + waiting + REQUEST_TOKENS * count
-                for factor, computed, waiting, count in zip(
-                    factors, uncached, pending, in_flight, strict=True
-                )
-            ]
-        else:
-            factors = list(factors)
+        if columns.others_total:
+            factors = factors.copy()
             _discount(factors, prompt, columns, in_flight, kept)
-            costs = [
-                factor * computed + waiting + REQUEST_TOKENS * (count + other)
-                for factor, computed, waiting, count, other in zip(
-                    factors, uncached, pending, in_flight, others, strict=True
-                )
-            ]
-        least = min(costs)
+        tokens = prompt.tokens
+        costs: list[float] = []
+        least = math.inf
+        for at in range(len(in_flight)):
+            computed = tokens
+            if cached is not None:
+                computed = tokens - cached[at]
+                computed = max(computed, 0)
+            cost = factors[at] * computed + pending[at] + REQUEST_TOKENS * (in_flight[at] + others[at])
+            costs.append(cost)
+            least = min(least, cost)
         # Exactly the candidates whose scores `HighestScore` takes for equal to the best one, which is 1.
         near = least + (1.0 + least) * 2.0 * EQUAL
-        best = [at for at, cost in enumerate(costs) if cost <= near]
-        if len(best) > 1:
-            best = [at for at in best if (1.0 + least) / (1.0 + costs[at]) >= 1.0 - EQUAL]
-        return self._turn(columns, best if kept is None else [kept[at] for at in best])
+        best: list[int] = []
+        for at in range(len(costs)):
+            cost = costs[at]
+            if cost <= near and (1.0 + least) / (1.0 + cost) >= 1.0 - EQUAL:
+                best.append(at if kept is None else kept[at])
+        return self._turn(columns, best)
 
-    def _turn(self, columns: Columns, positions: Sequence[int]) -> int:
+    def _turn(self, columns: Columns, positions: list[int]) -> int:
         replicas = columns.replicas
         if len(positions) == 1:
             self._rotation.took(columns.deployment, replicas[positions[0]])
@@ -119,12 +112,21 @@ class CompiledDefault:
         )
 
 
-def _without_hot_spots(
-    columns: Columns, own: Sequence[int], alike: Mapping[str, int]
-) -> Sequence[int] | None:
+def _uneven(own: list[int]) -> bool:
+    """Tells whether the hot-spot guard could leave out anyone."""
+    least = most = own[0]
+    for each in own:
+        if each < least:
+            least = each
+        elif each > most:
+            most = each
+    return most > HOT_FACTOR * least + HOT_SLACK
+
+
+def _without_hot_spots(columns: Columns, own: list[int], alike: dict[str, int]) -> list[int] | None:
     """Returns the positions that both guards keep; None for all."""
     roomy = columns.roomy
-    positions = range(len(own)) if roomy is None else roomy
+    positions = columns.positions if roomy is None else roomy
     least = min([own[at] for at in positions])
     hot, usual = HOT_FACTOR * least + HOT_SLACK, FACTOR * least + SLACK
     replicas = columns.replicas
@@ -132,7 +134,7 @@ def _without_hot_spots(
     return None if len(kept) == len(own) else kept
 
 
-def _uncached_weights(columns: Columns, pressures: Sequence[float] | None, count: int) -> list[float]:
+def _uncached_weights(columns: Columns, pressures: list[float] | None, count: int) -> list[float]:
     """Returns what an uncached token costs at each; where nobody is left out, worked out once."""
     if pressures is None:
         return [UNCACHED_WEIGHT] * count
@@ -147,17 +149,18 @@ def _discount(
     factors: list[float],
     prompt: Prompt,
     columns: Columns,
-    in_flight: Sequence[int],
-    kept: Sequence[int] | None,
+    in_flight: list[int],
+    kept: list[int] | None,
 ) -> None:
     """Makes the first endpoints in the prompt's rendezvous order cheaper, as `LeastCost` does."""
     known = columns.others if kept is None else [columns.others[at] for at in kept]
     ours = theirs = 0
-    for own_count, other in zip(in_flight, known, strict=True):
+    for at in range(len(known)):
+        other = known[at]
         if other is not None:
-            ours += own_count
+            ours += in_flight[at]
             theirs += other
-    key = prefix_key(prompt.chain)
+    key = prompt.key
     if not theirs or key is None:
         return
     share = theirs / (ours + theirs)

@@ -7,12 +7,10 @@ grows without a bound. What may be used at all (state, ejection, attempts) is de
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import Enum
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
+from router.picking.candidate import CacheKnowledge, Candidate
 from router.picking.request import RequestContext
-from router.view.samples import Sample
-from router.view.view import Endpoint
 
 __all__ = [
     "CacheKnowledge",
@@ -24,40 +22,6 @@ __all__ = [
     "Strategy",
     "WeightedScorer",
 ]
-
-
-class CacheKnowledge(Enum):
-    """Where `Candidate.cached_tokens` comes from."""
-
-    APPROXIMATE = "approximate"
-    EXACT = "exact"
-
-
-class Candidate(NamedTuple):
-    """An endpoint that may be used for this request.
-
-    Attributes:
-        endpoint: Where it is.
-        sample: Latest fresh sample of its engine; None is unknown.
-        in_flight: Requests that this process has there now.
-        cached_tokens: Leading tokens of this prompt that the engine has probably cached.
-        pending_prefill_tokens: Uncached prompt tokens that this process has sent there and that have not
-            brought a first byte yet.
-        alike_in_flight: Those of `in_flight` whose prompts begin like this one (`prefix_key`).
-        cache_knowledge: Whether `cached_tokens` is what this process has sent there, or what the engine
-            itself says.
-        cache_pressure: How fast its cache turns over, in caches for each request that any endpoint gets; 0
-            where nothing was sent there. Only its ratio to others' means something.
-    """
-
-    endpoint: Endpoint
-    sample: Sample | None
-    in_flight: int
-    cached_tokens: int = 0
-    pending_prefill_tokens: int = 0
-    alike_in_flight: int = 0
-    cache_knowledge: CacheKnowledge = CacheKnowledge.APPROXIMATE
-    cache_pressure: float = 0.0
 
 
 @runtime_checkable

@@ -5,16 +5,16 @@ What filters and scorers say to them is worked out by `router.decisions.render`.
 a thousand decisions would keep a thousand bodies alive.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from router.picking.candidate import APPROXIMATE, CacheKnowledge, Candidate
 from router.picking.columns import Columns
-from router.picking.contract import CacheKnowledge, Candidate
 from router.view.samples import Sample
 
 
-# Not frozen: every request makes one.
-@dataclass(slots=True)
+# Not frozen: every request makes one. Why `__init__` is written out stands in `picking.candidate`.
+@dataclass(init=False, slots=True)
 class Decision:
     """One choice, as it was made.
 
@@ -32,13 +32,35 @@ class Decision:
 
     columns: Columns
     samples: Sequence[Sample | None]
-    in_flight: Sequence[int]
-    pending: Sequence[int]
-    cached: Sequence[int] | None
-    alike: Mapping[str, int] | None
-    pressures: Sequence[float] | None
-    knowledge: Sequence[CacheKnowledge] | None = None
-    chosen: int | None = None
+    in_flight: list[int]
+    pending: list[int]
+    cached: list[int] | None
+    alike: dict[str, int] | None
+    pressures: list[float] | None
+    knowledge: list[CacheKnowledge] | None
+    chosen: int | None
+
+    def __init__(
+        self,
+        columns: Columns,
+        samples: Sequence[Sample | None],
+        in_flight: list[int],
+        pending: list[int],
+        cached: list[int] | None,
+        alike: dict[str, int] | None,
+        pressures: list[float] | None,
+        knowledge: list[CacheKnowledge] | None = None,
+        chosen: int | None = None,
+    ) -> None:
+        self.columns = columns
+        self.samples = samples
+        self.in_flight = in_flight
+        self.pending = pending
+        self.cached = cached
+        self.alike = alike
+        self.pressures = pressures
+        self.knowledge = knowledge
+        self.chosen = chosen
 
     def candidate(self, at: int) -> Candidate:
         """Returns one candidate as plug-ins see it."""
@@ -50,7 +72,7 @@ class Decision:
             0 if self.cached is None else self.cached[at],
             self.pending[at],
             0 if self.alike is None else self.alike.get(endpoint.replica, 0),
-            CacheKnowledge.APPROXIMATE if self.knowledge is None else self.knowledge[at],
+            APPROXIMATE if self.knowledge is None else self.knowledge[at],
             0.0 if self.pressures is None else self.pressures[at],
         )
 

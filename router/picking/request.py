@@ -10,8 +10,9 @@ from router.prefix.exact.tokens import ExactPrompt
 from router.prefix.prompt import NO_PROMPT, Prompt
 
 
-# Not frozen: that would triple the cost of making one, which every request pays.
-@dataclass(slots=True)
+# Not frozen: that would triple the cost of making one, which every request pays. Why `__init__` is written
+# out stands in `picking.candidate`.
+@dataclass(init=False, slots=True)
 class RequestContext:
     """What plug-ins may know of a request; nobody changes it once it is made.
 
@@ -36,7 +37,33 @@ class RequestContext:
     model: str
     stream: bool
     body: bytes
-    prompt: Prompt = NO_PROMPT
-    session: str = ""
-    adapter: str = ""
-    exact: ExactPrompt | None = None
+    prompt: Prompt
+    session: str
+    adapter: str
+    exact: ExactPrompt | None
+
+    def __init__(
+        self,
+        request_id: str,
+        route: str,
+        namespace: str,
+        deployment: str,
+        model: str,
+        stream: bool,
+        body: bytes,
+        prompt: Prompt = NO_PROMPT,
+        session: str = "",
+        adapter: str = "",
+        exact: ExactPrompt | None = None,
+    ) -> None:
+        self.request_id = request_id
+        self.route = route
+        self.namespace = namespace
+        self.deployment = deployment
+        self.model = model
+        self.stream = stream
+        self.body = body
+        self.prompt = prompt
+        self.session = session
+        self.adapter = adapter
+        self.exact = exact

@@ -6,7 +6,6 @@ worker, on the event loop, without I/O. The trace benchmark drives this very cla
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import repeat
 from types import TracebackType
 from typing import Any, Self
 
@@ -15,12 +14,12 @@ from router.picking.compiled import compile_strategy
 from router.picking.contract import CacheKnowledge, Candidate, RequestContext, Strategy
 from router.picking.decision import Decision
 from router.picking.prefill_ledger import Entry, PrefillLedger
+from router.prefix.chain import Digest
 from router.prefix.exact.index import ExactIndex
 from router.prefix.exact.tokens import ExactPrompt
 from router.prefix.index import DEFAULT_CAPACITY_BLOCKS, PrefixIndex
 from router.prefix.prompt import NO_PROMPT, Prompt, read_prompt
-from router.prefix.rendezvous import prefix_key
-from router.upstream.loads import LoadTable
+from router.upstream.loads import Load, LoadTable
 from router.view.samples import SampleTable
 from router.view.view import Endpoint
 
@@ -30,21 +29,20 @@ INDEX_BYTES_MAX = 64 * 1024 * 1024
 # are dropped together, since working them out again takes microseconds.
 _COLUMNS_MAX = 1024
 
-# Endless and without a state of its own, so that all may share it.
-_ZEROS = repeat(0)
-
 
 class Flight(Entry):
     """A request on its way: counted from its making until `close`."""
 
-    __slots__ = ("_key", "_open", "_selector")
+    __slots__ = ("_open", "_selector", "key", "load")
 
-    def __init__(self, selector: "Selector", replica: str, tokens: int, key: int | None) -> None:
-        self.replica = replica
-        self.tokens = tokens
+    def __init__(
+        self, selector: "Selector", replica: str, tokens: int, key: Digest | None, load: Load
+    ) -> None:
+        super().__init__(replica, tokens)
         self._selector = selector
-        self._key = key
         self._open = True
+        self.key = key
+        self.load = load
 
     def first_byte(self) -> None:
         """The engine has computed the prompt."""
@@ -54,7 +52,7 @@ class Flight(Entry):
         """Releases the counts; again does nothing."""
         if self._open:
             self._open = False
-            self._selector.landed(self, self._key)
+            self._selector.landed(self)
 
     def __enter__(self) -> Self:
         return self
@@ -95,12 +93,16 @@ class Selector:
         self.decision: Decision | None = None
         self._compiled = compile_strategy(strategy)
         # By prefix key, then by replica.
-        self._alike: dict[int, dict[str, int]] = {}
+        self._alike: dict[Digest, dict[str, int]] = {}
         self._loads = loads
         self._samples = samples
         # By the identity of a view's own tuple; a tuple that is kept cannot lend its id to another.
         self._of_tuple: dict[int, tuple[Sequence[Endpoint], Columns]] = {}
         self._of_members: dict[tuple[int, ...], Columns] = {}
+        # The latest tuple and candidate: most often the next question is about the same.
+        self._tuple: Sequence[Endpoint] | None = None
+        self._columns_of_tuple: Columns | None = None
+        self._candidate: Candidate | None = None
 
     def read_prompt(
         self, document: Mapping[str, Any], endpoints: Sequence[Endpoint], *, namespace: str, deployment: str
@@ -108,12 +110,12 @@ class Selector:
         """Reads a request's prompt; an empty one where the strategy has no use for it."""
         if not self.strategy.reads_prompt:
             return NO_PROMPT
-        return read_prompt(
-            document,
-            namespace=namespace,
-            deployment=deployment,
-            block_tokens=self._columns(endpoints).block_tokens if endpoints else NO_PROMPT.block_tokens,
-        )
+        block_tokens = NO_PROMPT.block_tokens
+        if endpoints:
+            columns = self._columns(endpoints)
+            columns.refresh_sizes(self._samples)
+            block_tokens = columns.block_tokens
+        return read_prompt(document, namespace=namespace, deployment=deployment, block_tokens=block_tokens)
 
     async def read_exactly(
         self, request: RequestContext, document: Mapping[str, Any], endpoints: Sequence[Endpoint]
@@ -130,12 +132,14 @@ class Selector:
         """Chooses among endpoints of one deployment; None when there is none or the filters left none."""
         if not endpoints:
             return None
-        decision = self._observe(request, self._columns(endpoints))
-        self.decision = decision
-        if self._compiled is not None and decision.columns.even:
+        columns = self._columns(endpoints)
+        columns.refresh(self._samples)
+        columns.bind(self._loads, self.ledger)
+        decision = self.decision = self._observe(request, columns)
+        if self._compiled is not None and columns.even:
             at = self._compiled.pick(
                 request.prompt,
-                decision.columns,
+                columns,
                 decision.in_flight,
                 decision.pending,
                 decision.cached,
@@ -143,38 +147,39 @@ class Selector:
                 decision.pressures,
             )
             decision.chosen = at
-            return decision.candidate(at)
+            self._candidate = decision.candidate(at)
+            return self._candidate
         candidates = decision.candidates()
-        chosen = self.strategy.select(request, candidates)
+        self._candidate = chosen = self.strategy.select(request, candidates)
         decision.chosen = next((at for at, each in enumerate(candidates) if each is chosen), None)
         return chosen
 
     def _observe(self, request: RequestContext, columns: Columns) -> Decision:
         """Notes what is known at this moment."""
         prompt = request.prompt
-        alike = None
-        cached: Sequence[int] | None = None
-        pressures: Sequence[float] | None = None
+        alike: dict[str, int] | None = None
+        cached: list[int] | None = None
+        pressures: list[float] | None = None
         if prompt.chain:
             columns.refresh_bits(self.index)
             pressures = columns.pressures
             depths = self.index.expected(prompt.chain)
             if depths:
-                block_tokens = prompt.block_tokens
+                block_tokens, ratio = prompt.block_tokens, prompt.ratio
                 cached = [depths.get(bit, 0) * block_tokens for bit in columns.bits]
-                if prompt.ratio != 1.0:
-                    cached = [int(each * prompt.ratio) for each in cached]
-            key = prefix_key(prompt.chain)
-            if key in self._alike:
-                alike = self._alike[key].copy()
-        knowledge = None
+                if ratio != 1.0:
+                    cached = [int(each * ratio) for each in cached]
+            same = self._alike.get(prompt.key)
+            if same is not None:
+                alike = same.copy()
+        knowledge: list[CacheKnowledge] | None = None
         if request.exact is not None and self.exact is not None:
             cached, knowledge = self._exactly(request.exact, columns, cached, alike or {})
         return Decision(
             columns,
             columns.samples,
-            list(map(self._loads.counts.get, columns.replicas, _ZEROS)),
-            list(map(self.ledger.counts.get, columns.replicas, _ZEROS)),
+            [each.in_flight for each in columns.loads],
+            [each.tokens for each in columns.lines],
             cached,
             alike,
             pressures,
@@ -185,9 +190,9 @@ class Selector:
         self,
         prompt: ExactPrompt,
         columns: Columns,
-        approximate: Sequence[int] | None,
+        approximate: list[int] | None,
         alike: Mapping[str, int],
-    ) -> tuple[Sequence[int], Sequence[CacheKnowledge]]:
+    ) -> tuple[list[int], list[CacheKnowledge]]:
         """Puts what engines say in place of what was sent to them, endpoint by endpoint."""
         assert self.exact is not None
         sent = approximate or [0] * len(columns.endpoints)
@@ -202,49 +207,61 @@ class Selector:
 
     def send(self, request: RequestContext, chosen: Candidate) -> Flight:
         """Counts a request as sent, before it is, and learns where its prefix is from now on."""
-        endpoint, prompt = chosen.endpoint, request.prompt
-        replica, key = endpoint.replica, None
+        prompt, decision = request.prompt, self.decision
+        if chosen is self._candidate and decision is not None and decision.chosen is not None:
+            # What was found for the choice need not be looked for again.
+            at, columns = decision.chosen, decision.columns
+        else:
+            at, columns = 0, self._columns([chosen.endpoint])
+            columns.refresh(self._samples)
+        columns.bind(self._loads, self.ledger)
+        replica, key = columns.replicas[at], prompt.key
         if prompt.chain:
-            self.index.record(
-                endpoint.identity,
-                prompt.chain,
-                capacity_blocks=self._capacity_blocks(endpoint, prompt.block_tokens),
-            )
-            key = prefix_key(prompt.chain)
-            if key is not None:
-                alike = self._alike.get(key)
-                if alike is None:
-                    self._alike[key] = {replica: 1}
-                else:
-                    alike[replica] = alike.get(replica, 0) + 1
-        self._loads.begin(replica)
-        flight = Flight(self, replica, max(0, prompt.tokens - chosen.cached_tokens), key)
-        self.ledger.add(flight)
+            cache_tokens = columns.capacities[at]
+            capacity = cache_tokens // prompt.block_tokens if cache_tokens else DEFAULT_CAPACITY_BLOCKS
+            self.index.record(columns.identities[at], prompt.chain, capacity_blocks=capacity)
+            alike = self._alike.get(key)
+            if alike is None:
+                self._alike[key] = {replica: 1}
+            else:
+                alike[replica] = alike.get(replica, 0) + 1
+        load = columns.loads[at]
+        self._loads.begin_at(load)
+        uncached = prompt.tokens - chosen.cached_tokens
+        flight = Flight(self, replica, max(0, uncached), key, load)
+        self.ledger.add_to(columns.lines[at], flight)
         return flight
 
-    def landed(self, entry: Entry, key: int | None) -> None:
+    def landed(self, flight: Flight) -> None:
         """Releases what `send` has counted; `Flight.close` sees to it that this happens once."""
-        replica = entry.replica
-        self.ledger.drop(entry)
-        self._loads.end(replica)
+        self.ledger.drop(flight)
+        self._loads.end_at(flight.load)
+        key = flight.key
         if key is None:
             return
         alike = self._alike[key]
-        if alike[replica] > 1:
-            alike[replica] -= 1
-            return
-        del alike[replica]
-        if not alike:
+        left = alike[flight.replica] - 1
+        if left:
+            alike[flight.replica] = left
+        elif len(alike) > 1:
+            del alike[flight.replica]
+        else:
             del self._alike[key]
 
     def retain(self, endpoints: Iterable[Endpoint]) -> None:
         """Forgets the prefixes of all other endpoints and of earlier incarnations."""
-        self.index.retain(each.identity for each in endpoints)
+        kept = tuple(endpoints)
+        self.index.retain([each.identity for each in kept])
+        self.ledger.retain({each.replica for each in kept})
         self._of_tuple.clear()
         self._of_members.clear()
+        self._tuple = self._columns_of_tuple = self._candidate = None
 
     def _columns(self, endpoints: Sequence[Endpoint]) -> Columns:
-        """Returns the columns of some endpoints, of which there is at least one, as they are now."""
+        """Returns the columns of some endpoints, of which there is at least one."""
+        latest = self._columns_of_tuple
+        if latest is not None and endpoints is self._tuple:
+            return latest
         known = self._of_tuple.get(id(endpoints))
         if known is not None and known[0] is endpoints:
             columns = known[1]
@@ -256,16 +273,10 @@ class Selector:
                     self._of_members.clear()
                 found = self._of_members[members] = Columns(endpoints)
             columns = found
-            # A list may change and keep its identity.
-            if isinstance(endpoints, tuple):
-                if len(self._of_tuple) >= _COLUMNS_MAX:
-                    self._of_tuple.clear()
-                self._of_tuple[id(endpoints)] = (endpoints, columns)
-        columns.refresh(self._samples)
+        # A list may change and keep its identity.
+        if isinstance(endpoints, tuple):
+            if known is None and len(self._of_tuple) >= _COLUMNS_MAX:
+                self._of_tuple.clear()
+            self._of_tuple[id(endpoints)] = (endpoints, columns)
+            self._tuple, self._columns_of_tuple = endpoints, columns
         return columns
-
-    def _capacity_blocks(self, endpoint: Endpoint, block_tokens: int) -> int:
-        sample = self._samples.latest(endpoint.replica, endpoint.incarnation)
-        if sample is None or sample.kv_cache_tokens is None:
-            return DEFAULT_CAPACITY_BLOCKS
-        return max(1, sample.kv_cache_tokens // block_tokens)

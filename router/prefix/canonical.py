@@ -7,7 +7,6 @@ its reader wants it, so that a body of megabytes does not hold up the event loop
 """
 
 from array import array
-from collections.abc import Mapping
 from typing import Any
 
 import orjson
@@ -23,7 +22,7 @@ _LONG_CHARACTERS = 512
 _PART_DEPTH = 3
 
 
-def canonical_prompt(document: Mapping[str, Any], *, bytes_max: int) -> tuple[bytes, int]:
+def canonical_prompt(document: dict[str, Any], *, bytes_max: int) -> tuple[bytes, int]:
     """Returns the beginning of the prompt's bytes and the length of all of them; nothing without a prompt.
 
     Token ids become four bytes each, since text counts as four bytes a token too.
@@ -45,7 +44,9 @@ def canonical_prompt(document: Mapping[str, Any], *, bytes_max: int) -> tuple[by
 
 
 def _bytes(pieces: list[str], bytes_max: int) -> tuple[bytes, int]:
-    characters = sum(map(len, pieces))
+    characters = 0
+    for each in pieces:
+        characters += len(each)
     if characters <= bytes_max:
         text = "".join(pieces).encode("utf-8", "surrogatepass")
         return text, len(text)
@@ -62,16 +63,21 @@ def _bytes(pieces: list[str], bytes_max: int) -> tuple[bytes, int]:
 
 def _add_message(pieces: list[str], message: Any) -> None:
     if not isinstance(message, dict):
-        pieces += (_MESSAGE, _json(message))
+        pieces.append(_MESSAGE)
+        pieces.append(_json(message))
         return
     role, content, calls = message.get("role"), message.get("content"), message.get("tool_calls")
-    pieces += (_MESSAGE, role if isinstance(role, str) else "", _PART)
+    pieces.append(_MESSAGE)
+    if isinstance(role, str):
+        pieces.append(role)
+    pieces.append(_PART)
     if isinstance(content, str):
         pieces.append(content)
     elif isinstance(content, list):
-        pieces.extend(map(_part, content))
+        pieces.extend([_part(each) for each in content])
     if calls:
-        pieces += (_PART, _json(calls))
+        pieces.append(_PART)
+        pieces.append(_json(calls))
 
 
 def _part(part: Any) -> str:

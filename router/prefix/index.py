@@ -17,8 +17,10 @@ a leading part of it: its end is found by bisection.
 
 from array import array
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from router.prefix.chain import Digest
 
 Identity = tuple[str, str]
 
@@ -35,19 +37,46 @@ _LOG_FACTOR = 3
 REMEMBERED = 2
 
 
-@dataclass(slots=True)
-class _Holdings:
-    """What one endpoint probably holds."""
+class _Use:
+    """One chain that was sent to an endpoint.
 
-    bit: int
-    # Stamps from here on are of blocks that the cache has room for.
-    recent: float = 0.0
-    # What is held in caches of its engine, and the stamp before all of it.
-    filled: float = 0.0
-    oldest: int = -1
-    stamps: dict[int, int] = field(default_factory=dict)
-    log: deque[tuple[int, "array[int]"]] = field(default_factory=deque)
-    logged: int = 0
+    Attributes:
+        stamp: Of this use.
+        chain: Its hashes. Never changed: the list may be the request's own.
+        end: How many of them have not been forgotten.
+    """
+
+    __slots__ = ("chain", "end", "stamp")
+
+    def __init__(self, stamp: int, chain: Sequence[Digest], end: int) -> None:
+        self.stamp = stamp
+        self.chain = chain
+        self.end = end
+
+
+class _Holdings:
+    """What one endpoint probably holds.
+
+    Attributes:
+        bit: In the shared table.
+        recent: Stamps from here on are of blocks that the cache has room for.
+        filled: What is held, in caches of its engine.
+        oldest: The stamp before all that is held.
+        stamps: Of the latest use, by hash.
+        log: Uses, oldest first.
+        logged: Hashes in the log.
+    """
+
+    __slots__ = ("bit", "filled", "log", "logged", "oldest", "recent", "stamps")
+
+    def __init__(self, bit: int) -> None:
+        self.bit = bit
+        self.recent = 0.0
+        self.filled = 0.0
+        self.oldest = -1
+        self.stamps: dict[Digest, int] = {}
+        self.log: deque[_Use] = deque()
+        self.logged = 0
 
 
 class PrefixIndex:
@@ -60,7 +89,7 @@ class PrefixIndex:
     def __init__(self, *, bytes_max: int) -> None:
         """Takes the bound of its memory."""
         self._blocks_max = max(1, bytes_max // BYTES_PER_BLOCK)
-        self._masks: dict[int, int] = {}
+        self._masks: dict[Digest, int] = {}
         self._holdings: dict[Identity, _Holdings] = {}
         self._stamp = 0
         self._total = 0
@@ -95,7 +124,7 @@ class PrefixIndex:
             if holdings.bit in depths
         }
 
-    def bits(self, identities: Iterable[Identity]) -> Sequence[int]:
+    def bits(self, identities: Iterable[Identity]) -> list[int]:
         """Returns the bits of endpoints, 0 for those without; they hold until `generation` changes."""
         held = self._holdings
         return [held[each].bit if each in held else 0 for each in identities]
@@ -111,13 +140,13 @@ class PrefixIndex:
         Formula: (held / capacity) / age, where age is that of the oldest block held: how much of the cache is
         filled anew for each chain that is recorded anywhere.
         """
-        now, of_bit = self._stamp, self._of_bit
-        return [
-            each.filled / (now - each.oldest) if (each := of_bit.get(bit)) is not None else 0.0
-            for bit in bits
-        ]
+        now, found = self._stamp, []
+        for bit in bits:
+            holdings = self._of_bit.get(bit)
+            found.append(0.0 if holdings is None else holdings.filled / (now - holdings.oldest))
+        return found
 
-    def expected(self, chain: Sequence[int]) -> Mapping[int, int]:
+    def expected(self, chain: Sequence[Digest]) -> dict[int, int]:
         """Returns for each endpoint, by its bit, how many leading blocks count as cached there.
 
         Formula: (recent + remembered) / 2, in whole blocks. `recent` are those that the engine should still
@@ -125,29 +154,33 @@ class PrefixIndex:
         that are held; their share of the time is taken for their share of the blocks.
         """
         depths = self.depths(chain)
+        if not depths:
+            return depths
         for bit, depth in depths.items():
             holdings = self._of_bit[bit]
             if holdings.stamps[chain[depth - 1]] < holdings.recent:
                 depths[bit] = (depth + _recent(holdings, chain, depth)) >> 1
         return depths
 
-    def depths(self, chain: Sequence[int]) -> dict[int, int]:
+    def depths(self, chain: Sequence[Digest]) -> dict[int, int]:
         """Returns the same as `match`, by the bits of the endpoints."""
-        mask_of = self._masks.get
-        alive = mask_of(chain[0], 0) if chain else 0
         found: dict[int, int] = {}
+        if not chain:
+            return found
+        masks = self._masks
+        alive = masks.get(chain[0], 0)
         low, end = 0, len(chain)
         while alive:
             # All of `alive` hold the block at `low`; `kept` are those of them that hold the one at `high`.
             high = end - 1
-            kept = mask_of(chain[high], 0) & alive
+            kept = masks.get(chain[high], 0) & alive
             if kept == alive:
                 high = end
                 kept = 0
             else:
                 while high - low > 1:
                     middle = (low + high) >> 1
-                    at_middle = mask_of(chain[middle], 0) & alive
+                    at_middle = masks.get(chain[middle], 0) & alive
                     if at_middle == alive:
                         low = middle
                     else:
@@ -160,12 +193,12 @@ class PrefixIndex:
             alive, low = kept, high
         return found
 
-    def record(self, identity: Identity, chain: Sequence[int], *, capacity_blocks: int) -> None:
+    def record(self, identity: Identity, chain: Sequence[Digest], *, capacity_blocks: int) -> None:
         """Notes that an endpoint holds a chain from now on, and forgets what that pushes out.
 
         Args:
             identity: Endpoint and incarnation.
-            chain: Hashes from the first block on.
+            chain: Hashes from the first block on; a list is kept and must not be changed.
             capacity_blocks: Blocks of the endpoint's KV cache.
         """
         if not chain:
@@ -176,34 +209,51 @@ class PrefixIndex:
             self._of_bit[holdings.bit] = holdings
             self.generation += 1
         self._stamp += 1
-        bit, masks, stamps = holdings.bit, self._masks, holdings.stamps
-        if chain[-1] not in stamps:
-            held = _held(stamps, chain)
-            fresh = chain[held:] if held else chain
-            if fresh[0] in masks:
-                for digest in fresh:
-                    masks[digest] = masks.get(digest, 0) | bit
-            else:
-                # Whoever held a later block would hold this one.
-                masks.update(dict.fromkeys(fresh, bit))
-        before = len(stamps)
-        stamps.update(dict.fromkeys(chain, self._stamp))
-        self._total += len(stamps) - before
-        holdings.log.append((self._stamp, array("Q", chain)))
-        holdings.logged += len(chain)
+        blocks: list[Digest] = chain if isinstance(chain, list) else list(chain)
+        self._learn(holdings, blocks)
         capacity = max(1, capacity_blocks)
-        self._evict(holdings, REMEMBERED * capacity)
+        if len(holdings.stamps) > REMEMBERED * capacity:
+            self._evict(holdings, REMEMBERED * capacity)
         while self._total > self._blocks_max:
             largest = max(self._holdings.values(), key=lambda each: len(each.stamps))
             self._evict(largest, len(largest.stamps) - (self._total - self._blocks_max))
-        if holdings.logged > _LOG_FACTOR * len(holdings.stamps) + len(chain):
+        held = len(holdings.stamps)
+        if holdings.logged > _LOG_FACTOR * held + len(blocks):
             _sweep(holdings)
-        held = len(stamps)
+        now = self._stamp
         # Nothing is left of it where all endpoints together hold more than the bytes allow.
-        holdings.oldest = (holdings.log[0][0] if holdings.log else self._stamp) - 1
-        age = self._stamp - holdings.oldest
-        holdings.recent = self._stamp + 1 - age * capacity / held if held > capacity else 0.0
+        holdings.oldest = (holdings.log[0].stamp if holdings.log else now) - 1
+        holdings.recent = now + 1 - (now - holdings.oldest) * capacity / held if held > capacity else 0.0
         holdings.filled = held / capacity
+
+    def _learn(self, holdings: _Holdings, blocks: list[Digest]) -> None:
+        """Enters a chain as used now."""
+        masks, stamps = self._masks, holdings.stamps
+        count, before = len(blocks), len(stamps)
+        # As they go into tables, instead of made anew for each block.
+        bit: Any = holdings.bit
+        stamp: Any = self._stamp
+        if blocks[0] not in stamps:
+            held = 0
+        elif blocks[-1] in stamps:
+            held = count
+        else:
+            held = _held(stamps, blocks)
+        if held < count and blocks[held] not in masks:
+            # Whoever held a later block would hold this one.
+            for digest in blocks[held:] if held else blocks:
+                masks[digest] = bit
+        elif held < count:
+            for digest in blocks[held:] if held else blocks:
+                masks[digest] = masks.get(digest, 0) | bit
+        for digest in blocks:
+            stamps[digest] = stamp
+        self._total += len(stamps) - before
+        # The tables hold the numbers of a new chain; those of a known one would be kept for the log alone,
+        # where they take 44 bytes each instead of 8.
+        kept: Sequence[Digest] = array("Q", blocks) if held else blocks
+        holdings.log.append(_Use(self._stamp, kept, count))
+        holdings.logged += count
 
     def retain(self, identities: Iterable[Identity]) -> None:
         """Forgets all other endpoints: those that left, and earlier incarnations."""
@@ -221,31 +271,35 @@ class PrefixIndex:
         return ~taken & (taken + 1)
 
     def _evict(self, holdings: _Holdings, capacity_blocks: int) -> None:
-        excess = len(holdings.stamps) - capacity_blocks
-        while excess > 0 and holdings.log:
-            stamp, chain = holdings.log[0]
+        stamps, log = holdings.stamps, holdings.log
+        excess = len(stamps) - capacity_blocks
+        while excess > 0 and log:
+            use = log[0]
+            end = use.end
             # Blocks that were used again later are a leading part of the chain; the rest goes, tail first.
-            used = _used_later(holdings.stamps, chain, stamp)
-            kept = max(used, len(chain) - excess)
-            self._forget(holdings, chain[kept:])
-            excess -= len(chain) - kept
+            used = _used_later(stamps, use)
+            kept = max(used, end - excess)
+            self._forget(holdings, use.chain[kept:end] if kept or end < len(use.chain) else use.chain)
+            excess -= end - kept
             if kept == used:
-                holdings.log.popleft()
-                holdings.logged -= len(chain)
+                log.popleft()
+                holdings.logged -= end
             else:
-                holdings.logged -= len(chain) - kept
-                del chain[kept:]
+                holdings.logged -= end - kept
+                use.end = kept
 
-    def _forget(self, holdings: _Holdings, tail: "array[int]") -> None:
+    def _forget(self, holdings: _Holdings, tail: Sequence[Digest]) -> None:
         if not tail:
             return
-        masks, bit = self._masks, holdings.bit
-        _run(map(holdings.stamps.__delitem__, tail))
+        masks, stamps, bit = self._masks, holdings.stamps, holdings.bit
         if masks[tail[0]] == bit:
             # Nobody else holds its first block, so nobody else holds any of it.
-            _run(map(masks.__delitem__, tail))
+            for digest in tail:
+                del stamps[digest]
+                del masks[digest]
         else:
             for digest in tail:
+                del stamps[digest]
                 mask = masks[digest] & ~bit
                 if mask:
                     masks[digest] = mask
@@ -254,14 +308,12 @@ class PrefixIndex:
         self._total -= len(tail)
 
 
-def _run(calls: Iterator[None]) -> None:
-    """Makes calls for what they do, without a line of Python for each."""
-    deque(calls, maxlen=0)
-
-
-def _used_later(stamps: Mapping[int, int], chain: Sequence[int], stamp: int) -> int:
+def _used_later(stamps: dict[Digest, int], use: _Use) -> int:
     """Returns how many leading blocks of a chain have a later stamp."""
-    low, high = 0, len(chain)
+    chain, stamp = use.chain, use.stamp
+    low, high = 0, use.end
+    if high and stamps[chain[0]] == stamp:
+        return 0
     while low < high:
         middle = (low + high) >> 1
         if stamps[chain[middle]] == stamp:
@@ -271,7 +323,7 @@ def _used_later(stamps: Mapping[int, int], chain: Sequence[int], stamp: int) -> 
     return low
 
 
-def _recent(holdings: _Holdings, chain: Sequence[int], depth: int) -> int:
+def _recent(holdings: _Holdings, chain: Sequence[Digest], depth: int) -> int:
     """Returns how many leading blocks of those that are held are recent; the last of them is not."""
     stamps, since = holdings.stamps, holdings.recent
     low, high = 0, depth - 1
@@ -284,10 +336,8 @@ def _recent(holdings: _Holdings, chain: Sequence[int], depth: int) -> int:
     return low
 
 
-def _held(stamps: Mapping[int, int], chain: Sequence[int]) -> int:
-    """Returns how many leading blocks of a chain are held; the last one is not."""
-    if chain[0] not in stamps:
-        return 0
+def _held(stamps: dict[Digest, int], chain: list[Digest]) -> int:
+    """Returns how many leading blocks of a chain are held: the first one is, the last one is not."""
     low, high = 0, len(chain) - 1
     while high - low > 1:
         middle = (low + high) >> 1
@@ -300,14 +350,13 @@ def _held(stamps: Mapping[int, int], chain: Sequence[int]) -> int:
 
 def _sweep(holdings: _Holdings) -> None:
     """Rewrites the log without the blocks that were used again later."""
-    stamps = holdings.stamps
-    swept: deque[tuple[int, array[int]]] = deque()
+    swept: deque[_Use] = deque()
     holdings.logged = 0
-    for stamp, chain in holdings.log:
+    for use in holdings.log:
         # What was used again is a leading part, as in `_evict`.
-        used = _used_later(stamps, chain, stamp)
-        live = chain[used:] if used else chain
-        if live:
-            swept.append((stamp, live))
-            holdings.logged += len(live)
+        used = _used_later(holdings.stamps, use)
+        if used < use.end:
+            live = use.chain[used : use.end] if used else use.chain
+            swept.append(_Use(use.stamp, live, use.end - used))
+            holdings.logged += use.end - used
     holdings.log = swept

@@ -9,6 +9,8 @@ from itertools import repeat
 
 from xxhash import xxh64_intdigest
 
+from router.prefix.chain import Digest
+
 # Leading blocks that make the key of a prompt: enough to tell conversations with a common system prompt
 # apart, few enough that later turns of one conversation have the same key: 256 tokens on most engines.
 KEY_BLOCKS_MAX = 4
@@ -16,14 +18,17 @@ KEY_BLOCKS_MAX = 4
 _SCALE = float(1 << 64)
 
 
-def prefix_key(chain: Sequence[int]) -> int | None:
+def prefix_key(chain: Sequence[Digest]) -> Digest | None:
     """Returns the key of a prompt; None for one without a full block.
 
     The depth is the greatest power of two that the prompt reaches, so that short prompts have a key, too.
     """
-    if not chain:
+    count = len(chain)
+    if not count:
         return None
-    depth = 1 << (min(len(chain), KEY_BLOCKS_MAX).bit_length() - 1)
+    depth = 1
+    while 2 * depth <= count and 2 * depth <= KEY_BLOCKS_MAX:
+        depth *= 2
     return chain[depth - 1]
 
 

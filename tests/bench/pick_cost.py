@@ -1,10 +1,13 @@
 """Measures what a request costs the router besides moving its bytes: parse, hash, pick, count and learn.
 
-    python -m tests.bench.pick_cost [--strategy default] [--rounds 3000]
+    python -m tests.bench.pick_cost [--strategy default] [--rounds 3000] [--room]
+    PYTHONPATH=.millrace/native:. python -P -m tests.bench.pick_cost        what is compiled
 
 Out goes a Markdown table in microseconds. Each figure is the least of several means, so that other work on
 the machine shows as little as can be. `new` prompts share nothing with any before; `turn` is the next turn of
 a conversation that one endpoint holds all but the last kilobyte of; `common` is one prompt that all hold.
+`read to end` is all but parsing and eligibility, as one request after the other does it, with some in flight:
+read the prompt, make the context, choose, send, first byte, close.
 """
 
 import argparse
@@ -12,6 +15,7 @@ import gc
 import itertools
 import random
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -23,7 +27,7 @@ from router.openai.body import parse_body
 from router.picking.contract import RequestContext
 from router.picking.eligibility import eligible
 from router.picking.registry import build_strategy
-from router.picking.selector import Selector
+from router.picking.selector import Flight, Selector
 from router.prefix.index import REMEMBERED
 from router.upstream.health import EndpointHealth
 from router.upstream.loads import LoadTable
@@ -35,6 +39,8 @@ SHARES = 30
 SIZES = (2_000, 8_000, 48_000)
 CACHE_BLOCKS, CHAIN_BLOCKS = 1_000, 10
 CASES = ("new", "turn", "common")
+# Requests in flight while one is measured.
+IN_FLIGHT = 16
 
 
 @dataclass(slots=True)
@@ -44,6 +50,7 @@ class Bench:
     selector: Selector
     endpoints: tuple[Endpoint, ...]
     health: EndpointHealth
+    capacity_blocks: int
 
     def read(self, body: bytes) -> RequestContext:
         document = parse_body(body).document
@@ -59,8 +66,9 @@ class Bench:
         )
 
 
-def make_bench(count: int, strategy: str) -> Bench:
-    """Builds a selector over `count` endpoints, each with a fresh sample."""
+def make_bench(count: int, strategy: str, *, room: bool) -> Bench:
+    """Builds a selector over endpoints with a fresh sample each; with room, nothing is pushed out."""
+    capacity = CACHE_BLOCKS * (10_000 if room else 1)
     clock, loads = ManualClock(), LoadTable()
     samples = SampleTable(clock)
     endpoints = tuple(
@@ -76,7 +84,7 @@ def make_bench(count: int, strategy: str) -> Bench:
                 running_requests=4,
                 waiting_requests=0,
                 kv_usage_ratio=0.4,
-                kv_cache_tokens=64 * CACHE_BLOCKS,
+                kv_cache_tokens=64 * capacity,
                 kv_block_tokens=16,
             ),
             own_in_flight=4,
@@ -87,8 +95,8 @@ def make_bench(count: int, strategy: str) -> Bench:
     for each in endpoints:
         for _ in range(REMEMBERED * CACHE_BLOCKS // CHAIN_BLOCKS):
             chain = [generator.getrandbits(64) for _ in range(CHAIN_BLOCKS)]
-            selector.index.record(each.identity, chain, capacity_blocks=CACHE_BLOCKS)
-    return Bench(selector, endpoints, EndpointHealth(clock))
+            selector.index.record(each.identity, chain, capacity_blocks=capacity)
+    return Bench(selector, endpoints, EndpointHealth(clock), capacity)
 
 
 def body_of(text: str) -> bytes:
@@ -125,12 +133,15 @@ def least_microseconds(action: Callable[[int], object], rounds: int) -> float:
 
 def measure(bench: Bench, case: str, size: int, rounds: int) -> list[float]:
     """Returns the cost of each step of a request, in microseconds."""
-    bodies = prompts(case, size, rounds)
-    contexts = [bench.read(body) for body in bodies]
+    # The second half is for whole requests, whose prompts have to be as new as the others were.
+    bodies = prompts(case, size, 2 * rounds)
+    contexts = [bench.read(body) for body in bodies[:rounds]]
     if case != "new":
         holders = bench.endpoints[:1] if case == "turn" else bench.endpoints
         for each in holders:
-            bench.selector.index.record(each.identity, contexts[0].prompt.chain, capacity_blocks=CACHE_BLOCKS)
+            bench.selector.index.record(
+                each.identity, contexts[0].prompt.chain, capacity_blocks=bench.capacity_blocks
+            )
     documents = [parse_body(body).document for body in bodies]
 
     def choose_and_send(number: int) -> None:
@@ -140,6 +151,20 @@ def measure(bench: Bench, case: str, size: int, rounds: int) -> list[float]:
             flight.first_byte()
 
     selector, endpoints = bench.selector, bench.endpoints
+    flights: deque[Flight] = deque()
+
+    def read_to_end(number: int) -> None:
+        document = documents[rounds + number]
+        prompt = selector.read_prompt(document, endpoints, namespace="a", deployment="d")
+        context = RequestContext("id", "/v1/chat/completions", "a", "d", "d", True, b"", prompt)
+        chosen = selector.choose(context, endpoints)
+        assert chosen is not None
+        flight = selector.send(context, chosen)
+        flight.first_byte()
+        flights.append(flight)
+        if len(flights) > IN_FLIGHT:
+            flights.popleft().close()
+
     return [
         least_microseconds(lambda number: parse_body(bodies[number]), rounds),
         least_microseconds(
@@ -149,6 +174,7 @@ def measure(bench: Bench, case: str, size: int, rounds: int) -> list[float]:
         least_microseconds(lambda _: bench.usable(), rounds),
         least_microseconds(lambda number: selector.choose(contexts[number], endpoints), rounds),
         least_microseconds(choose_and_send, rounds),
+        least_microseconds(read_to_end, rounds),
     ]
 
 
@@ -158,14 +184,16 @@ def main() -> None:
     parser.add_argument("--strategy", default="default")
     parser.add_argument("--rounds", type=int, default=3000)
     parser.add_argument("--endpoints", type=int, nargs="+", default=(8, 64))
+    parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="bytes of a prompt")
+    parser.add_argument("--room", action="store_true", help="caches that nothing is pushed out of")
     options = parser.parse_args()
     print(f"\nCPU of one request, strategy `{options.strategy}`, microseconds\n")
-    print("| endpoints | prompt | case | parse | read prompt | eligible | choose | eligible to end | all |")
+    columns = "parse | read prompt | eligible | choose | eligible to end | read to end"
+    print(f"| endpoints | prompt | case | {columns} |")
     print("|---|---|---|---|---|---|---|---|---|")
-    for count, size, case in itertools.product(options.endpoints, SIZES, CASES):
-        costs = measure(make_bench(count, options.strategy), case, size, options.rounds)
-        whole = costs[0] + costs[1] + costs[4]
-        cells = " | ".join(f"{each:.1f}" for each in (*costs, whole))
+    for count, size, case in itertools.product(options.endpoints, options.sizes, CASES):
+        bench = make_bench(count, options.strategy, room=options.room)
+        cells = " | ".join(f"{each:.1f}" for each in measure(bench, case, size, options.rounds))
         print(f"| {count} | {size / 1000:g} kB | {case} | {cells} |", flush=True)
 
 

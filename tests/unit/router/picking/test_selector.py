@@ -77,6 +77,37 @@ def test_a_restarted_engine_has_nothing_cached() -> None:
     assert replica
 
 
+@pytest.mark.parametrize("strategy", ["default", "prefix=3,kv=2,load=2"])
+def test_counts_stay_true_while_endpoints_leave_and_come_back(strategy: str) -> None:
+    loads = LoadTable()
+    selector = Selector(build_strategy(strategy), loads=loads, samples=SampleTable(ManualClock()))
+    endpoints, flights = tuple(ENDPOINTS), []
+    for turn in range(20):
+        context = _request(selector, PROMPT + f"{turn:04d}")
+        chosen = selector.choose(context, endpoints)
+        assert chosen is not None
+        assert chosen.in_flight == loads.in_flight(chosen.endpoint.replica)
+        assert chosen.pending_prefill_tokens == selector.ledger.pending_tokens(chosen.endpoint.replica)
+        if turn % 3:
+            # Nobody is there for a moment, between a choice and what is sent or after it.
+            loads.retain(set())
+        if turn % 3 == 2:
+            selector.retain(())
+        flights.append(selector.send(context, chosen))
+        if turn % 4:
+            flights.pop(0).close()
+        assert loads.total == len(flights)
+        assert (
+            sum(loads.in_flight(each.replica) for each in endpoints) == len(flights) == len(selector.ledger)
+        )
+    for each in flights:
+        each.close()
+    loads.retain(set())
+    selector.retain(())
+    assert (loads.total, len(selector.ledger), selector.ledger.tokens) == (0, 0, 0)
+    assert not selector._alike
+
+
 def test_strategies_that_read_no_prompt_hash_none() -> None:
     selector = _selector("least-pending")
     assert _request(selector).prompt.chain == ()

@@ -96,6 +96,16 @@ def test_repeated_use_takes_no_more_room() -> None:
     assert index._holdings[A].logged <= 4 * 49
 
 
+def test_a_chain_that_was_given_is_never_changed() -> None:
+    index = _index()
+    chains = [[10 * at + each for each in range(7)] for at in range(10)]
+    for chain in chains:
+        # What is remembered ends within a chain.
+        index.record(A, chain, capacity_blocks=5)
+    assert chains == [[10 * at + each for each in range(7)] for at in range(10)]
+    assert len(index) == 10
+
+
 _requests = st.lists(
     st.tuples(st.sampled_from([A, B]), st.integers(0, 3), st.integers(1, 6), st.integers(0, 3)), max_size=60
 )

@@ -58,6 +58,20 @@ def test_peak_is_the_most_since_it_was_taken() -> None:
     assert loads.take_peak("r") == 0
 
 
+def test_a_replica_with_requests_is_not_forgotten() -> None:
+    loads = LoadTable()
+    load = loads.of("r")
+    loads.begin_at(load)
+    loads.retain(set())
+    # Whoever comes now counts beside the request that is still there.
+    assert loads.of("r") is load
+    assert (loads.version, loads.in_flight("r")) == (0, 1)
+    loads.end("r")
+    loads.retain(set())
+    assert loads.version == 1
+    assert loads.of("r") is not load
+
+
 async def test_ejection_doubles_up_to_its_bound_and_success_clears_it() -> None:
     clock = ManualClock()
     health = EndpointHealth(clock)
