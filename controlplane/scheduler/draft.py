@@ -39,12 +39,12 @@ class Draft:
         policy: Bounds.
         new_replica_id: Makes identifiers.
         frozen: Why rescheduling off silent nodes is suspended; empty when it is not.
+        held: Replicas that are not given up before it is known what else their deployments lose.
         members: Sorted replicas of the deployments that are looked at.
         leaving: Replicas that the plan drains or removes.
         preemptions: Deployments that the plan takes a replica from.
         wake: When time alone calls for the next look, by deployment.
         reserves: True once room was reserved, or a reservation given up.
-        planned: Deployments whose turn is over.
         standings: How the launch generations of the deployments that are looked at stand.
     """
 
@@ -53,6 +53,7 @@ class Draft:
     policy: Policy
     new_replica_id: NewReplicaId
     frozen: str
+    held: frozenset[str] = frozenset()
     place: list[Place] = field(default_factory=list)
     drain: list[Drain] = field(default_factory=list)
     remove: list[Remove] = field(default_factory=list)
@@ -62,7 +63,6 @@ class Draft:
     preemptions: dict[str, Preemption] = field(default_factory=dict)
     wake: dict[str, datetime] = field(default_factory=dict)
     reserves: bool = False
-    planned: set[str] = field(default_factory=set)
     standings: dict[str, Settled] = field(default_factory=dict)
     _indexes: dict[Need, Index] = field(default_factory=dict)
     _explanations: dict[Need, Explanation] = field(default_factory=dict)
