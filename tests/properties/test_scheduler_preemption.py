@@ -22,7 +22,7 @@ from controlplane.scheduler.filters import allows
 from controlplane.scheduler.preempt import Candidate, Cost, cost_of
 from core.states import DeviceKind, Engine, NodeState, ReplicaState
 from tests.properties.test_scheduler_safety import EXAMPLES, PARTS
-from tests.support.scheduled_world import ENGINES, GIB, START, World, needs, worlds
+from tests.support.scheduled_world import ENGINES, GIB, START, World, crowding_needs, crowds, needs, worlds
 
 QUICK = settings(
     max_examples=-(-EXAMPLES // PARTS),
@@ -122,6 +122,50 @@ def test_pre_emption_ends_and_never_comes_back(
                 asked.add(drain.replica)
         world.step()
     world.settle()
+
+
+@QUICK
+@given(crowds(), st.data())
+def test_pre_emption_meets_updates_and_nobody_gives_up_more_than_it_may(
+    world: World, data: st.DataObject
+) -> None:
+    """More important ones come at any moment of updates and scaling; each round is held to its promises."""
+    world.settle()
+    for attempt in range(2):
+        for key in sorted(world.deployments):
+            view = world.deployments[key]
+            again = replace(view, generation=view.generation + 1)
+            match data.draw(st.sampled_from(["update", "update", "scale", "keep"]), label=key):
+                case "update":
+                    launch = view.declared_generation + 1
+                    again = replace(again, launch_generation=launch, spec_launch_generation=0)
+                case "scale":
+                    again = replace(again, desired=data.draw(st.integers(0, 6)))
+                case _:
+                    again = view
+            world.deployments[key] = again
+        for _ in range(data.draw(st.integers(0, 7), label="rounds before")):
+            world.round()
+            world.step()
+        for index in range(data.draw(st.integers(1, 3), label="urgent")):
+            key = f"team/urgent-{attempt}-{index}"
+            taken = {each.priority for each in world.deployments.values()}
+            priority = data.draw(st.sampled_from([each for each in range(2, 11) if each not in taken]))
+            need = data.draw(crowding_needs)
+            desired = data.draw(st.integers(1, 3))
+            world.deployments[key] = DeploymentView(key, key, 1, 1, desired, need, priority=priority)
+        for _ in range(data.draw(st.integers(1, 6), label="rounds after")):
+            lost = data.draw(st.sets(st.sampled_from(sorted(world.deployments)), max_size=1))
+            world.round(lost)
+            world.step()
+    for _ in range(80):
+        # Room to come is kept for nobody, so that a plan that follows at once may not be empty.
+        made, before = world.round(), dict(world.replicas)
+        world.step()
+        if made.empty and before == world.replicas:
+            break
+    else:
+        raise AssertionError(f"does not converge: {world.plan()}")
 
 
 def one_device(name: str, zone: str) -> NodeView:

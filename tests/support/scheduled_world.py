@@ -394,6 +394,46 @@ def worlds(draw: st.DrawFn, priorities: tuple[int, ...] = (2, 5, 8)) -> World:
     return world
 
 
+crowding_needs = st.builds(
+    lambda count, memory, zone: Need(
+        Engine.VLLM,
+        (DeviceKind.NVIDIA,),
+        count,
+        count * memory * GIB,
+        node_selector=(("zone", zone),) if zone else (),
+    ),
+    st.sampled_from([1, 1, 2]),
+    st.sampled_from([20, 40, 80]),
+    st.sampled_from(["", "", *ZONES]),
+)
+
+
+@st.composite
+def crowds(draw: st.DrawFn) -> World:
+    """A small cluster that is nearly full of deployments with several replicas each, none as important."""
+    world = World()
+    TALLY["clusters"] += 1
+    for index in range(draw(st.integers(1, 3))):
+        name = f"node-{index}"
+        gpus = draw(st.integers(1, 3))
+        devices = tuple(DeviceView(f"gpu-{each}", DeviceKind.NVIDIA, 80 * GIB) for each in range(gpus))
+        labels = frozenset({("zone", ZONES[index % 2])})
+        world.nodes[name] = NodeView(name, NodeState.READY, devices=devices, engines=ENGINES, labels=labels)
+    for index in range(draw(st.integers(1, 3))):
+        key = f"{draw(st.sampled_from(['team', 'lab']))}/model-{index}"
+        world.deployments[key] = DeploymentView(
+            key=key,
+            uid=f"uid-{index}",
+            generation=1,
+            launch_generation=1,
+            desired=draw(st.integers(1, 6)),
+            need=draw(crowding_needs),
+            limits=draw(limits()),
+            priority=index + 1,
+        )
+    return world
+
+
 quotas = st.builds(
     Quota, devices=st.one_of(st.none(), st.integers(0, 5)), replicas=st.one_of(st.none(), st.integers(0, 6))
 )
