@@ -194,7 +194,7 @@ class Assigner:
         draft, key, result = self._draft, self._deployment.key, self._result
         for each in self._deployment.reservations:
             # From here on the reservation is this plan's decision, not the last one's.
-            draft.give(key, each.node, each.claims)
+            draft.unreserve(key, each)
             node = draft.books.nodes.get(each.node)
             sized = all(claim.memory_bytes == self._need.device_memory_bytes for claim in each.claims)
             open_ = node is not None and allows(self._need, node)
@@ -204,7 +204,7 @@ class Assigner:
                 if result.placed + len(result.reservations) < wanted:
                     self._start(search, Placement(each.node, each.claims, search.score(each.node)))
             elif self._victims_left(each) and result.placed + len(result.reservations) < self._intent.missing:
-                draft.take(key, each.node, each.claims)
+                draft.reserve(key, each)
                 result.reservations.append(each)
 
     def _victims_left(self, reservation: Reservation) -> bool:
@@ -261,15 +261,15 @@ class Assigner:
 
     def _fits_after_drains(self, node: str, slot: Pin | None) -> bool:
         """True when a node's draining replicas will leave the room by themselves."""
-        room = self._draft.books.room
+        books = self._draft.books
         draining = [each for each in self._draft.draining_on(node) if each.claims]
         if not draining:
             return False
         for each in draining:
-            room.release(node, each.claims)
-        fits = room.fits(self._need, node) if slot is None else self._pinned(slot) is not None
+            books.leave(each)
+        fits = books.room.fits(self._need, node) if slot is None else self._pinned(slot) is not None
         for each in draining:
-            room.claim(node, each.claims)
+            books.stay(each)
         return fits
 
     def _candidates_on(self, node: str) -> list[Candidate]:
@@ -301,15 +301,14 @@ class Assigner:
                 node=found.node,
                 time=draft.now,
             )
-        draft.take(deployment.key, found.node, found.claims)
-        self._result.reservations.append(
-            Reservation(
-                node=found.node,
-                claims=found.claims,
-                victims=tuple(each.replica for each in found.victims),
-                deadline=draft.now + draft.policy.drain,
-            )
+        reservation = Reservation(
+            node=found.node,
+            claims=found.claims,
+            victims=tuple(each.replica for each in found.victims),
+            deadline=draft.now + draft.policy.drain,
         )
+        draft.reserve(deployment.key, reservation)
+        self._result.reservations.append(reservation)
 
     # Why not.
 

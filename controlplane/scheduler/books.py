@@ -10,7 +10,15 @@ from collections.abc import Iterable, Mapping
 
 from controlplane.scheduler.profiles import Profiles
 from controlplane.scheduler.room import Room
-from controlplane.scheduler.structs import Claim, DeploymentView, NodeView, Quota, ReplicaView, Snapshot
+from controlplane.scheduler.structs import (
+    Claim,
+    DeploymentView,
+    NodeView,
+    Quota,
+    ReplicaView,
+    Reservation,
+    Snapshot,
+)
 from controlplane.scheduler.usage import Usage
 
 _NONE: Mapping[str, ReplicaView] = {}
@@ -22,7 +30,8 @@ class Books:
     Attributes:
         deployments: By `namespace/name`.
         nodes: By name.
-        room: What is left on devices: all replicas and reservations are booked.
+        room: What is left on devices: all replicas are booked, and of reservations what those who make
+            room for them do not hold any more.
         profiles: Nodes that are alike.
         usage: What namespaces hold: all replicas and reservations are counted.
         dirty: Deployments to look at again, deleted ones with replicas among them.
@@ -43,6 +52,9 @@ class Books:
         self._on_node: dict[str, dict[str, ReplicaView]] = {}
         self._priorities: dict[int, int] = {}
         self._caching: dict[str, set[str]] = {}
+        self._reserved: dict[str, list[tuple[str, Reservation]]] = {}
+        self._beside: dict[str, list[Claim]] = {}
+        self._left: set[str] = set()
 
     def load(self, snapshot: Snapshot) -> None:
         """Makes the books those of a snapshot."""
@@ -94,12 +106,12 @@ class Books:
         if old is not None:
             self._count_priority(old.priority, -1)
             for each in old.reservations:
-                self.free(key, each.node, each.claims)
+                self.unreserve(key, each)
             del self.deployments[key]
         if view is not None:
             self._count_priority(view.priority, 1)
             for each in view.reservations:
-                self.book(key, each.node, each.claims)
+                self.reserve(key, each)
             self.deployments[key] = view
 
     def set_node(self, name: str, view: NodeView | None) -> None:
@@ -143,6 +155,9 @@ class Books:
             self._members.setdefault(view.deployment, {})[replica] = view
             self._on_node.setdefault(view.node, {})[replica] = view
             self._replicas[replica] = view
+        for each in (old, view):
+            if each is not None and each.node in self._reserved:
+                self._book_beside(each.node)
 
     def set_quota(self, namespace: str, quota: Quota | None) -> None:
         """Takes a namespace's quota; None when there is none."""
@@ -163,6 +178,59 @@ class Books:
         """Gives a deployment's room on a node back."""
         self.room.release(node, claims)
         self.usage.give(deployment.partition("/")[0], node, claims)
+
+    def leave(self, replica: ReplicaView) -> None:
+        """Frees what a replica holds, as if it had ended; what was reserved in its place is taken."""
+        self._left.add(replica.replica)
+        self.free(replica.deployment, replica.node, replica.claims)
+        self._book_beside(replica.node)
+
+    def stay(self, replica: ReplicaView) -> None:
+        """Takes back that a replica leaves."""
+        self._left.discard(replica.replica)
+        self.book(replica.deployment, replica.node, replica.claims)
+        self._book_beside(replica.node)
+
+    def reserve(self, deployment: str, reservation: Reservation) -> None:
+        """Keeps room for a deployment."""
+        node = reservation.node
+        self.usage.take(deployment.partition("/")[0], node, reservation.claims)
+        self._reserved.setdefault(node, []).append((deployment, reservation))
+        self._book_beside(node)
+
+    def unreserve(self, deployment: str, reservation: Reservation) -> None:
+        """Keeps room no longer."""
+        node = reservation.node
+        self.usage.give(deployment.partition("/")[0], node, reservation.claims)
+        self._reserved[node].remove((deployment, reservation))
+        self._book_beside(node)
+        if not self._reserved[node]:
+            del self._reserved[node]
+
+    def _book_beside(self, node: str) -> None:
+        """Books of a node's reservations what comes on top of what those who make room still hold.
+
+        Room that is reserved and still held would otherwise count twice: more would be pre-empted than is
+        needed, and room that has become free would be refused to whom it was kept for.
+        """
+        beside: list[Claim] = []
+        for _, reservation in self._reserved.get(node, ()):
+            held: dict[str, int] = {}
+            for name in reservation.victims:
+                victim = self._replicas.get(name)
+                if victim is not None and victim.node == node and name not in self._left:
+                    for each in victim.claims:
+                        held[each.device_id] = held.get(each.device_id, 0) + each.memory_bytes
+            for each in reservation.claims:
+                more = each.memory_bytes - held.get(each.device_id, 0)
+                if more > 0:
+                    beside.append(Claim(each.device_id, more))
+        before = self._beside.pop(node, [])
+        if beside:
+            self._beside[node] = beside
+        if before != beside:
+            self.room.claim(node, beside)
+            self.room.release(node, before)
 
     def _count_priority(self, priority: int, change: int) -> None:
         count = self._priorities.get(priority, 0) + change

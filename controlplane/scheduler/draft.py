@@ -8,6 +8,7 @@ nothing.
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from datetime import datetime
+from functools import partial
 
 from controlplane.scheduler.books import Books
 from controlplane.scheduler.explain import Explanation, explain_briefly
@@ -24,6 +25,7 @@ from controlplane.scheduler.structs import (
     Preemption,
     Remove,
     ReplicaView,
+    Reservation,
 )
 
 NewReplicaId = Callable[[str], str]
@@ -39,12 +41,12 @@ class Draft:
         policy: Bounds.
         new_replica_id: Makes identifiers.
         frozen: Why rescheduling off silent nodes is suspended; empty when it is not.
+        held: Replicas that are not given up before it is known what else their deployments lose.
         members: Sorted replicas of the deployments that are looked at.
         leaving: Replicas that the plan drains or removes.
         preemptions: Deployments that the plan takes a replica from.
         wake: When time alone calls for the next look, by deployment.
         reserves: True once room was reserved, or a reservation given up.
-        planned: Deployments whose turn is over.
         standings: How the launch generations of the deployments that are looked at stand.
     """
 
@@ -53,6 +55,7 @@ class Draft:
     policy: Policy
     new_replica_id: NewReplicaId
     frozen: str
+    held: frozenset[str] = frozenset()
     place: list[Place] = field(default_factory=list)
     drain: list[Drain] = field(default_factory=list)
     remove: list[Remove] = field(default_factory=list)
@@ -62,11 +65,10 @@ class Draft:
     preemptions: dict[str, Preemption] = field(default_factory=dict)
     wake: dict[str, datetime] = field(default_factory=dict)
     reserves: bool = False
-    planned: set[str] = field(default_factory=set)
     standings: dict[str, Settled] = field(default_factory=dict)
     _indexes: dict[Need, Index] = field(default_factory=dict)
     _explanations: dict[Need, Explanation] = field(default_factory=dict)
-    _undo: list[tuple[bool, str, str, tuple[Claim, ...]]] = field(default_factory=list)
+    _undo: list[Callable[[], None]] = field(default_factory=list)
 
     @property
     def empty(self) -> bool:
@@ -95,21 +97,30 @@ class Draft:
         """Books room until the draft is undone."""
         self._explanations.clear()
         self.books.book(deployment, node, claims)
-        self._undo.append((True, deployment, node, claims))
+        self._undo.append(partial(self.books.free, deployment, node, claims))
 
     def give(self, deployment: str, node: str, claims: tuple[Claim, ...]) -> None:
         """Frees room until the draft is undone."""
         self._explanations.clear()
         self.books.free(deployment, node, claims)
-        self._undo.append((False, deployment, node, claims))
+        self._undo.append(partial(self.books.book, deployment, node, claims))
+
+    def reserve(self, deployment: str, reservation: Reservation) -> None:
+        """Keeps room until the draft is undone."""
+        self._explanations.clear()
+        self.books.reserve(deployment, reservation)
+        self._undo.append(partial(self.books.unreserve, deployment, reservation))
+
+    def unreserve(self, deployment: str, reservation: Reservation) -> None:
+        """Gives kept room up until the draft is undone."""
+        self._explanations.clear()
+        self.books.unreserve(deployment, reservation)
+        self._undo.append(partial(self.books.reserve, deployment, reservation))
 
     def undo(self) -> None:
         """Brings the accounts back to what the records say."""
-        for taken, deployment, node, claims in reversed(self._undo):
-            if taken:
-                self.books.free(deployment, node, claims)
-            else:
-                self.books.book(deployment, node, claims)
+        for takes_back in reversed(self._undo):
+            takes_back()
         self._undo.clear()
         self._indexes.clear()
         self.books.profiles.log.clear()
@@ -124,7 +135,9 @@ class Draft:
         replica = each.replica
         self.remove.append(Remove(replica.replica, replica.deployment, each.why, reason))
         self.leaving.add(replica.replica)
-        self.give(replica.deployment, replica.node, replica.claims)
+        self._explanations.clear()
+        self.books.leave(replica)
+        self._undo.append(partial(self.books.stay, replica))
 
     def give_up(self, each: Sorted, preempted_by: str = "") -> None:
         """Decides to drain a replica, which holds its room until it has ended."""

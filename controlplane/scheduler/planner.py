@@ -163,26 +163,53 @@ class Planner:
         self.books.dirty.clear()
 
     def _drafted(self, agenda: set[str], now: datetime, new_replica_id: NewReplicaId) -> Draft:
-        draft = Draft(self.books, now, self._policy, new_replica_id, self._frozen)
+        """A draft in which nobody gives up what it needs once more important ones have taken from it.
+
+        What a deployment gives up is room to come for whoever is planned before it, so that it is decided
+        first. Where it turns out to have been too much, the draft is made anew with the regretted
+        replicas held back until it is known what else the deployment loses.
+        """
+        draft, regretted = self._attempted(agenda, now, new_replica_id, frozenset())
+        if regretted:
+            draft, regretted = self._attempted(agenda, now, new_replica_id, frozenset(regretted))
+        if regretted:
+            # Where everything is held back, nothing can be regretted.
+            everything = frozenset(name for key in agenda for name in self.books.members(key))
+            draft, _ = self._attempted(agenda, now, new_replica_id, everything)
+        return draft
+
+    def _attempted(
+        self, agenda: set[str], now: datetime, new_replica_id: NewReplicaId, held: frozenset[str]
+    ) -> tuple[Draft, set[str]]:
+        draft = Draft(self.books, now, self._policy, new_replica_id, self._frozen, held)
         try:
-            for key in sorted(agenda):
-                _sort(draft, key)
-            intents = {key: intent for key in sorted(agenda) if (intent := _give_up(draft, key)) is not None}
-            queue = [_rank(draft, key, living=_lives(draft, key)) for key in intents]
-            heapify(queue)
-            while queue:
-                key = heappop(queue)[-1]
-                _plan_deployment(draft, _owner(draft, key), intents[key])
-                for victim in draft.preemptions.keys() - draft.planned:
-                    # Less important, so that its turn is still to come; it had a replica until now.
-                    if victim not in intents:
-                        _sort(draft, victim)
-                        heappush(queue, _rank(draft, victim, living=True))
-                    intents[victim] = _intent(draft, victim)
-                draft.planned.add(key)
+            return draft, _decide(draft, agenda)
         finally:
             draft.undo()
-        return draft
+
+
+def _decide(draft: Draft, agenda: set[str]) -> set[str]:
+    """Decides about deployments and those that they take from; returns what was given up too early."""
+    regretted: set[str] = set()
+    for key in sorted(agenda):
+        _sort(draft, key)
+    intents = {key: intent for key in sorted(agenda) if (intent := _give_up(draft, key)) is not None}
+    queue = [_rank(draft, key, living=_lives(draft, key)) for key in intents]
+    heapify(queue)
+    queued = set(intents)
+    while queue:
+        key = heappop(queue)[-1]
+        owner, intent = _owner(draft, key), intents.get(key)
+        if intent is None or key in draft.preemptions or _holds_back(draft, intent):
+            intent, early = _decided_late(draft, owner, intent)
+            regretted |= early
+        _plan_deployment(draft, owner, intent)
+        # Whoever loses a replica is less important, so that its turn is still to come; it had one until now.
+        for victim in sorted(draft.preemptions.keys() - queued):
+            _sort(draft, victim)
+            heappush(queue, _rank(draft, victim, living=True))
+            queued.add(victim)
+    return regretted
 
 
 def _lives(draft: Draft, key: str) -> bool:
@@ -216,7 +243,10 @@ def _sort(draft: Draft, key: str) -> None:
 
 
 def _give_up(draft: Draft, key: str) -> Intent | None:
-    """Drains what a deployment wants to be rid of whatever can be placed; None for a deleted one."""
+    """Drains what a deployment wants to be rid of whatever can be placed; None for a deleted one.
+
+    What is held back waits for the deployment's turn.
+    """
     members = draft.members[key]
     owner = draft.books.deployments.get(key)
     if owner is None:
@@ -226,7 +256,8 @@ def _give_up(draft: Draft, key: str) -> Intent | None:
         return None
     intent = intend(_owner(draft, key), draft.members[key], draft.policy)
     for each in intent.drain:
-        draft.give_up(each)
+        if each.replica.replica not in draft.held:
+            draft.give_up(each)
     return intent
 
 
@@ -266,9 +297,29 @@ def _remembered(draft: Draft, deployment: DeploymentView) -> Memory:
     return remember(deployment, failed, living, draft.now, draft.policy)
 
 
-def _intent(draft: Draft, key: str) -> Intent:
-    """What a deployment wants after it lost replicas in this plan; who else leaves was decided before."""
-    return replace(intend(_owner(draft, key), draft.members[key], draft.policy), drain=())
+def _holds_back(draft: Draft, intent: Intent) -> bool:
+    return any(each.replica.replica not in draft.leaving for each in intent.drain)
+
+
+def _decided_late(draft: Draft, owner: DeploymentView, first: Intent | None) -> tuple[Intent, set[str]]:
+    """Gives up what a deployment can spare once it is known which of its replicas others take.
+
+    Args:
+        draft: With the replicas that it gave up and those that were taken from it.
+        owner: The deployment.
+        first: What it wanted before; None where nobody looked.
+
+    Returns:
+        What it wants, and the replicas that it gave up and should have kept.
+    """
+    wanted = first.drain if first is not None else ()
+    early = {each.replica.replica: each for each in wanted if each.replica.replica not in draft.held}
+    members = [early.get(each.replica.replica, each) for each in draft.members[owner.key]]
+    intent = intend(owner, members, draft.policy)
+    for each in intent.drain:
+        if each.replica.replica not in draft.leaving:
+            draft.give_up(each)
+    return intent, early.keys() - {each.replica.replica for each in intent.drain}
 
 
 def _plan_deployment(draft: Draft, deployment: DeploymentView, intent: Intent) -> None:

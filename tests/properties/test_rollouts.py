@@ -8,17 +8,10 @@ from hypothesis import strategies as st
 
 from controlplane.scheduler import DeploymentView, DeviceView, Limits, Need, NodeView
 from core.states import DeviceKind, Engine, NodeState
-from tests.support.scheduled_world import ENGINES, GIB, World
+from tests.support.scheduled_world import ENGINES, GIB, World, limits
 
 QUICK = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 KEY = "team/model"
-
-
-@st.composite
-def limits(draw: st.DrawFn) -> Limits:
-    surge = draw(st.sampled_from([None, 0, 1, 2]))
-    unavailable = draw(st.sampled_from([None, 1, 2] if surge == 0 else [None, 0, 1, 2]))
-    return Limits(surge=surge, unavailable=unavailable)
 
 
 def world_of(desired: int, bounds: Limits) -> World:

@@ -7,6 +7,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from controlplane.scheduler import (
+    Claim,
     DeploymentView,
     DeviceView,
     Need,
@@ -19,9 +20,9 @@ from controlplane.scheduler import (
 from controlplane.scheduler.books import Books
 from controlplane.scheduler.filters import allows
 from controlplane.scheduler.preempt import Candidate, Cost, cost_of
-from core.states import DeviceKind, Engine, NodeState
+from core.states import DeviceKind, Engine, NodeState, ReplicaState
 from tests.properties.test_scheduler_safety import EXAMPLES, PARTS
-from tests.support.scheduled_world import ENGINES, GIB, World, needs, worlds
+from tests.support.scheduled_world import ENGINES, GIB, START, World, crowding_needs, crowds, needs, worlds
 
 QUICK = settings(
     max_examples=-(-EXAMPLES // PARTS),
@@ -123,6 +124,50 @@ def test_pre_emption_ends_and_never_comes_back(
     world.settle()
 
 
+@QUICK
+@given(crowds(), st.data())
+def test_pre_emption_meets_updates_and_nobody_gives_up_more_than_it_may(
+    world: World, data: st.DataObject
+) -> None:
+    """More important ones come at any moment of updates and scaling; each round is held to its promises."""
+    world.settle()
+    for attempt in range(2):
+        for key in sorted(world.deployments):
+            view = world.deployments[key]
+            again = replace(view, generation=view.generation + 1)
+            match data.draw(st.sampled_from(["update", "update", "scale", "keep"]), label=key):
+                case "update":
+                    launch = view.declared_generation + 1
+                    again = replace(again, launch_generation=launch, spec_launch_generation=0)
+                case "scale":
+                    again = replace(again, desired=data.draw(st.integers(0, 6)))
+                case _:
+                    again = view
+            world.deployments[key] = again
+        for _ in range(data.draw(st.integers(0, 7), label="rounds before")):
+            world.round()
+            world.step()
+        for index in range(data.draw(st.integers(1, 3), label="urgent")):
+            key = f"team/urgent-{attempt}-{index}"
+            taken = {each.priority for each in world.deployments.values()}
+            priority = data.draw(st.sampled_from([each for each in range(2, 11) if each not in taken]))
+            need = data.draw(crowding_needs)
+            desired = data.draw(st.integers(1, 3))
+            world.deployments[key] = DeploymentView(key, key, 1, 1, desired, need, priority=priority)
+        for _ in range(data.draw(st.integers(1, 6), label="rounds after")):
+            lost = data.draw(st.sets(st.sampled_from(sorted(world.deployments)), max_size=1))
+            world.round(lost)
+            world.step()
+    for _ in range(80):
+        # Room to come is kept for nobody, so that a plan that follows at once may not be empty.
+        made, before = world.round(), dict(world.replicas)
+        world.step()
+        if made.empty and before == world.replicas:
+            break
+    else:
+        raise AssertionError(f"does not converge: {world.plan()}")
+
+
 def one_device(name: str, zone: str) -> NodeView:
     return NodeView(
         name,
@@ -177,3 +222,42 @@ def test_nobody_makes_room_on_devices_that_were_chosen_for_another_size() -> Non
     world.deployments["team/pinned"] = DeploymentView("team/pinned", "p", 1, 1, 1, need, priority=9, pins=two)
     world.settle()
     assert [each.deployment for each in world.replicas.values()] == ["team/least"]
+
+
+def test_surplus_stays_where_others_are_pre_empted_in_the_same_plan() -> None:
+    """The last outdated replica is surplus until two of its successors make room."""
+    need = Need(Engine.VLLM, (DeviceKind.NVIDIA,), 1, 20 * GIB)
+    north = replace(need, node_selector=(("zone", "north"),))
+    large = replace(north, memory_bytes=40 * GIB)
+    world = World(nodes={"node-0": one_device("node-0", "south"), "node-1": one_device("node-1", "north")})
+    world.deployments["team/model"] = DeploymentView("team/model", "m", 1, 1, 3, need, priority=3)
+    claims = (Claim("gpu-0", 20 * GIB),)
+    for name, generation, node in [
+        ("old", 1, "node-0"),
+        ("new-0", 2, "node-1"),
+        ("new-1", 2, "node-1"),
+        ("new-2", 2, "node-1"),
+    ]:
+        world.replicas[name] = ReplicaView(
+            name,
+            "team/model",
+            "m",
+            generation,
+            node,
+            claims,
+            draining=False,
+            state=ReplicaState.READY,
+            created=START,
+            observed=True,
+            ready_time=START,
+        )
+    world.deployments["team/model"] = replace(
+        world.deployments["team/model"], generation=2, launch_generation=2
+    )
+    assert [each.replica for each in world.plan().drain] == ["old"]
+    world.deployments["team/urgent"] = DeploymentView("team/urgent", "u", 1, 1, 1, large, priority=9)
+    made = world.round()
+    assert [each.preempted_by for each in made.drain] == ["team/urgent"]
+    assert {each.replica for each in world.replicas.values() if each.serves} > {"old"}
+    world.settle()
+    assert sorted(each.deployment for each in world.replicas.values()) == ["team/model"] * 3 + ["team/urgent"]

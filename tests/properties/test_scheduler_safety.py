@@ -17,7 +17,7 @@ from tests.support.scheduled_world import START, TAINTS, World, needs, node_view
 
 # By default about three seconds of generated clusters.
 EXAMPLES = int(os.environ.get("MILLRACE_SCHEDULER_EXAMPLES", "140"))
-PARTS = 7
+PARTS = 8
 QUICK = settings(
     max_examples=-(-EXAMPLES // PARTS), deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )

@@ -18,6 +18,7 @@ from controlplane.scheduler import (
     DeviceView,
     EngineView,
     Launch,
+    Limits,
     Need,
     NodeView,
     Pin,
@@ -74,6 +75,9 @@ class World:
         full = plan(self.snapshot(), self.now, _numbered(first), POLICY)
         TALLY["plans"] += 1
         TALLY["plans that pre-empt"] += any(each.preempted_by for each in made.drain)
+        victims = {each.deployment for each in made.drain if each.preempted_by}
+        both = any(each.deployment in victims and not each.preempted_by for each in made.drain)
+        TALLY["plans that pre-empt from who gives up"] += both
         assert _without_names(made) == _without_names(full)
         assert self.planner.conclusions == {each.deployment: each for each in full.conclusions}
         assert (made.retry_after, made.frozen) == (full.retry_after, full.frozen)
@@ -211,7 +215,10 @@ class World:
                 for each in serving
                 if each.replica in removed and self.nodes[each.node].state is NodeState.LOST
             ]
-            unavailable = max(1, view.limits.unavailable or 0)
+            unavailable = _unavailable(view)
+            if any(each.deployment == key and "successor needs" in each.why for each in made.drain):
+                assert view.limits.unavailable != 0
+                unavailable = max(1, unavailable)
             floor = min(len(serving) - len(lost), max(0, view.desired - unavailable))
             assert len(kept) >= floor, f"{key}: {len(serving)} served, only {len(kept)} are kept"
 
@@ -275,6 +282,13 @@ class World:
             fresh = {(e.node, c.device_id) for e in held if e.created == self.now for c in e.claims}
             old = {(e.node, c.device_id) for e in held if e.created != self.now for c in e.claims}
             assert quota.devices is None or len(devices) <= quota.devices or fresh <= old
+
+
+def _unavailable(view: DeploymentView) -> int:
+    """How many replicas an update may take from the wanted number, whatever has room."""
+    if view.limits.unavailable is not None:
+        return view.limits.unavailable
+    return 0 if view.limits.surge is None or view.limits.surge > 0 else 1
 
 
 def _numbered(first: int) -> Callable[[str], str]:
@@ -347,6 +361,14 @@ def pins(draw: st.DrawFn, world: World, need: Need) -> tuple[Pin, ...]:
 
 
 @st.composite
+def limits(draw: st.DrawFn) -> Limits:
+    """What an update may do; not to be stuck, it may go above or below the wanted number."""
+    surge = draw(st.sampled_from([None, 0, 1, 2]))
+    unavailable = draw(st.sampled_from([None, 1, 2] if surge == 0 else [None, 0, 1, 2]))
+    return Limits(surge=surge, unavailable=unavailable)
+
+
+@st.composite
 def worlds(draw: st.DrawFn, priorities: tuple[int, ...] = (2, 5, 8)) -> World:
     world = World()
     TALLY["clusters"] += 1
@@ -363,11 +385,52 @@ def worlds(draw: st.DrawFn, priorities: tuple[int, ...] = (2, 5, 8)) -> World:
             launch_generation=1,
             desired=draw(st.integers(0, 5)),
             need=need,
+            limits=draw(limits()) if draw(st.booleans()) else Limits(),
             priority=draw(st.sampled_from(priorities)),
             pins=draw(pins(world, need)),
         )
     if draw(st.integers(0, 2)) == 2:
         world.quotas["team"] = draw(quotas)
+    return world
+
+
+crowding_needs = st.builds(
+    lambda count, memory, zone: Need(
+        Engine.VLLM,
+        (DeviceKind.NVIDIA,),
+        count,
+        count * memory * GIB,
+        node_selector=(("zone", zone),) if zone else (),
+    ),
+    st.sampled_from([1, 1, 2]),
+    st.sampled_from([20, 40, 80]),
+    st.sampled_from(["", "", *ZONES]),
+)
+
+
+@st.composite
+def crowds(draw: st.DrawFn) -> World:
+    """A small cluster that is nearly full of deployments with several replicas each, none as important."""
+    world = World()
+    TALLY["clusters"] += 1
+    for index in range(draw(st.integers(1, 3))):
+        name = f"node-{index}"
+        gpus = draw(st.integers(1, 3))
+        devices = tuple(DeviceView(f"gpu-{each}", DeviceKind.NVIDIA, 80 * GIB) for each in range(gpus))
+        labels = frozenset({("zone", ZONES[index % 2])})
+        world.nodes[name] = NodeView(name, NodeState.READY, devices=devices, engines=ENGINES, labels=labels)
+    for index in range(draw(st.integers(1, 3))):
+        key = f"{draw(st.sampled_from(['team', 'lab']))}/model-{index}"
+        world.deployments[key] = DeploymentView(
+            key=key,
+            uid=f"uid-{index}",
+            generation=1,
+            launch_generation=1,
+            desired=draw(st.integers(1, 6)),
+            need=draw(crowding_needs),
+            limits=draw(limits()),
+            priority=index + 1,
+        )
     return world
 
 
