@@ -17,6 +17,7 @@ from router.picking.hot_spot_guard import FACTOR, HOT_ALIKE, HOT_FACTOR, HOT_SLA
 from router.picking.least_cost import DISCOUNTS, REQUEST_TOKENS, UNCACHED_WEIGHT, LeastCost, uncached_weights
 from router.picking.neutral import filled
 from router.picking.rotation import Rotation
+from router.prefix.chain import Digest
 from router.prefix.prompt import Prompt
 from router.prefix.rendezvous import digests
 
@@ -165,8 +166,15 @@ def _discount(
         return
     share = theirs / (ours + theirs)
     names = columns.names if kept is None else [columns.names[at] for at in kept]
-    ranks = digests(key, names)
-    for discount in DISCOUNTS[: len(ranks)]:
-        first = ranks.index(max(ranks))
-        factors[first] *= 1.0 - discount * share
-        ranks[first] = -1
+    # The first two in one look, as `preference` would sort them.
+    first = second = -1
+    best: Digest = -1
+    runner_up: Digest = -1
+    for at, rank in enumerate(digests(key, names)):
+        if rank > best:
+            second, runner_up, first, best = first, best, at, rank
+        elif rank > runner_up:
+            second, runner_up = at, rank
+    factors[first] *= 1.0 - DISCOUNTS[0] * share
+    if second >= 0:
+        factors[second] *= 1.0 - DISCOUNTS[1] * share

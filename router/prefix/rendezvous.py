@@ -55,6 +55,6 @@ def preference(chain: Sequence[int], names: Sequence[str]) -> Sequence[int]:
     )
 
 
-def digests(key: int, names: Sequence[bytes]) -> list[int]:
+def digests(key: Digest, names: Sequence[bytes]) -> list[Digest]:
     """Returns what the rendezvous order of a key sorts names by, the greatest first."""
     return list(map(xxh64_intdigest, names, repeat(key)))
