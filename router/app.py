@@ -47,6 +47,7 @@ from router.upstream.loads import LoadTable
 from router.upstream.pool import UpstreamPool
 from router.view.source import ViewSource
 from router.wire.deadlines import Deadlines
+from router.wire.outbox import Outbox
 from router.wire.server import WireRunner
 
 _log = structlog.get_logger(__name__)
@@ -90,8 +91,12 @@ class RouterApplication:
         self._access_log = AccessLog()
         loads = LoadTable()
         self.source = ViewSource(store, clock, take_in_flight_peak=loads.take_peak)
+        self._outbox = Outbox(asyncio.get_running_loop())
         self._pool = UpstreamPool(
-            connect_timeout_seconds=settings.connect_timeout_seconds, clock=clock, deadlines=Deadlines(clock)
+            connect_timeout_seconds=settings.connect_timeout_seconds,
+            clock=clock,
+            deadlines=Deadlines(clock),
+            outbox=self._outbox,
         )
         self._exact = settings.exact_index(agent_token, clock)
         self.director = Director(
@@ -180,6 +185,7 @@ class RouterApplication:
             self.application,
             routes={route.encode(): route for route in INFERENCE_ROUTES},
             serve=self.serving.serve,
+            outbox=self._outbox,
             access_log=None,
             # A client that has left must free its engine at once.
             handler_cancellation=True,

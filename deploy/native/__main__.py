@@ -87,6 +87,7 @@ MODULES = (
     "router/wire/deadlines.py",
     "router/wire/downstream.py",
     "router/wire/headers.py",
+    "router/wire/outbox.py",
     "router/wire/request.py",
     "router/wire/request_head.py",
     "router/wire/response_head.py",

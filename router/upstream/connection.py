@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, cast
 
 from router.wire.deadlines import NEVER
+from router.wire.outbox import Outbox
 
 if TYPE_CHECKING:
     from router.upstream.answer import Answer
@@ -30,15 +31,16 @@ class Connection:
         monotonic: The clock.
     """
 
-    __slots__ = ("_answer", "_origin", "_transport", "deadline_seconds", "monotonic", "reusable")
+    __slots__ = ("_answer", "_origin", "_outbox", "_transport", "deadline_seconds", "monotonic", "reusable")
 
-    def __init__(self, origin: Origin, monotonic: Callable[[], float]) -> None:
-        """Takes where the connection goes between requests."""
+    def __init__(self, origin: Origin, outbox: Outbox, monotonic: Callable[[], float]) -> None:
+        """Takes where the connection goes between requests, and what writes to it."""
         self.reusable = True
         self.deadline_seconds = NEVER
         self.monotonic = monotonic
         self._answer: Answer | None = None
         self._origin = origin
+        self._outbox = outbox
         self._transport: asyncio.Transport | None = None
 
     def send(self, answer: Answer, head: bytes, body: bytes, *, deadline_seconds: float) -> None:
@@ -49,10 +51,10 @@ class Connection:
         if transport is None or transport.is_closing():
             answer.connection_ended(None)
         elif len(body) <= _JOINED_BYTES_MAX:
-            transport.write(head + body)
+            self._outbox.write(transport, head + body)
         else:
-            transport.write(head)
-            transport.write(body)
+            self._outbox.write(transport, head)
+            self._outbox.write(transport, body)
 
     def finished(self, *, reusable: bool) -> None:
         """The answer has ended; the connection is kept or closed."""

@@ -19,6 +19,7 @@ from core.clock import Clock
 from router.upstream.connection import Connection
 from router.upstream.failures import AttemptFailed, Cause, cause_of_connecting
 from router.wire.deadlines import Deadlines
+from router.wire.outbox import Outbox
 
 # uvicorn, under vLLM, closes idle connections after 5 s. Ours go first, so that a request seldom meets a
 # connection that is being closed.
@@ -106,10 +107,13 @@ class Origin:
 class UpstreamPool:
     """Owns the connections of a worker."""
 
-    def __init__(self, *, connect_timeout_seconds: float, clock: Clock, deadlines: Deadlines) -> None:
+    def __init__(
+        self, *, connect_timeout_seconds: float, clock: Clock, deadlines: Deadlines, outbox: Outbox
+    ) -> None:
         self._connect_timeout_seconds = connect_timeout_seconds
         self._clock = clock
         self._deadlines = deadlines
+        self._outbox = outbox
         self._origins: dict[str, Origin] = {}
         self._addresses: dict[tuple[str, int], tuple[float, Sequence[str]]] = {}
         self._tls: ssl.SSLContext | None = None
@@ -168,7 +172,7 @@ class UpstreamPool:
         failure: OSError | None = None
         for address in await self._resolve(origin):
             try:
-                connection = Connection(origin, self._clock.monotonic)
+                connection = Connection(origin, self._outbox, self._clock.monotonic)
                 await loop.create_connection(
                     lambda protocol=connection: cast("asyncio.Protocol", protocol),
                     address,

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from typing import Protocol
 
 from router.wire.downstream import WireDownstream
+from router.wire.outbox import Outbox
 from router.wire.request import WireRequest
 from router.wire.request_head import HeadReader, may_become_hot
 from router.wire.task import Signal
@@ -94,13 +95,15 @@ class WireConnection:
         loop: asyncio.AbstractEventLoop,
         routes: Mapping[bytes, str],
         serve: Serve,
+        outbox: Outbox,
     ) -> None:
-        """Takes its handler and transport, the routes of the hot path by path, and what serves them."""
+        """Takes its handler and transport, the routes of the hot path by path, what serves and writes."""
         self._handler = handler
         self._transport: asyncio.Transport | None = transport
         self._loop = loop
         self._reader = HeadReader(routes)
         self._serve = serve
+        self._outbox = outbox
         self._early = b""
         self._blocked = False
         self._request: WireRequest | None = None
@@ -188,7 +191,7 @@ class WireConnection:
         request = self._request = WireRequest(head)
         self._early = b""
         self._feed(request, data[end:])
-        downstream = self._downstream = WireDownstream(transport, blocked=self._blocked)
+        downstream = self._downstream = WireDownstream(transport, self._outbox, blocked=self._blocked)
         serving = self._serve(request, downstream, self._served)
         if not serving.done:
             self._serving = serving
@@ -221,6 +224,7 @@ class WireConnection:
             return
         if not downstream.ended:
             # Nothing may look complete.
+            self._outbox.flush()
             transport.abort()
             return
         self._handler.served()

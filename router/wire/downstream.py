@@ -12,6 +12,7 @@ from email.utils import formatdate
 from http import HTTPStatus
 
 from router.downstream import DownstreamListener
+from router.wire.outbox import Outbox
 from router.wire.task import Signal
 
 _STATUS_LINES = {each.value: f"HTTP/1.1 {each.value} {each.phrase}\r\n" for each in HTTPStatus}
@@ -45,12 +46,12 @@ class WireDownstream:
     """
 
     __slots__ = (
-        "_chunked", "_head", "_request_id", "_transport", "_unblocked", "blocked", "closes", "content_type",
-        "ended", "length", "listener", "started", "tail",
+        "_chunked", "_head", "_outbox", "_request_id", "_transport", "_unblocked", "blocked", "closes",
+        "content_type", "ended", "length", "listener", "started", "tail",
     )  # fmt: skip
 
-    def __init__(self, transport: asyncio.WriteTransport, *, blocked: bool) -> None:
-        """Takes the client's transport and whether it already holds more than is good."""
+    def __init__(self, transport: asyncio.WriteTransport, outbox: Outbox, *, blocked: bool) -> None:
+        """Takes the client's transport, what writes to it, and whether it already holds more than is good."""
         self.listener: DownstreamListener | None = None
         self.started = False
         self.ended = False
@@ -60,6 +61,7 @@ class WireDownstream:
         self.content_type = ""
         self.tail = b""
         self._transport: asyncio.WriteTransport | None = transport
+        self._outbox = outbox
         self._head = b""
         self._chunked = False
         self._unblocked: Signal | None = None
@@ -102,7 +104,7 @@ class WireDownstream:
         if self._head:
             piece = self._head + piece
             self._head = b""
-        transport.write(piece)
+        self._outbox.write(transport, piece)
 
     def end(self, *, close: bool = False) -> None:
         """Completes the body."""
@@ -114,12 +116,14 @@ class WireDownstream:
         rest = self._head + b"0\r\n\r\n" if self._chunked else self._head
         self._head = b""
         if rest:
-            transport.write(rest)
+            self._outbox.write(transport, rest)
 
     def abort(self) -> None:
         """Ends the connection at once."""
         self.closes = True
         if self._transport is not None:
+            # What was written before is the client's.
+            self._outbox.flush()
             self._transport.abort()
             self._transport = None
 

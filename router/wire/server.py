@@ -13,19 +13,21 @@ from aiohttp import web
 from aiohttp.web_protocol import RequestHandler
 
 from router.wire.connection import Serve, WireConnection
+from router.wire.outbox import Outbox
 
 
 class WireProtocol(RequestHandler):
     """One client connection. Implements `router.wire.connection.Handler`."""
 
-    __slots__ = ("_hot", "_routes", "_serve")
+    __slots__ = ("_hot", "_outbox", "_routes", "_serve")
 
     def __init__(
-        self, server: web.Server, *, routes: Mapping[bytes, str], serve: Serve, **options: Any
+        self, server: web.Server, *, routes: Mapping[bytes, str], serve: Serve, outbox: Outbox, **options: Any
     ) -> None:
         super().__init__(server, **options)
         self._routes = routes
         self._serve = serve
+        self._outbox = outbox
         # None before the connection stands, and after a request that was not hot.
         self._hot: WireConnection | None = None
 
@@ -33,7 +35,7 @@ class WireProtocol(RequestHandler):
         """The connection stands: hot until it shows otherwise."""
         super().connection_made(transport)
         connection = cast("asyncio.Transport", transport)
-        self._hot = WireConnection(self, connection, self._loop, self._routes, self._serve)
+        self._hot = WireConnection(self, connection, self._loop, self._routes, self._serve, self._outbox)
         # It has all methods of a protocol, and is none of asyncio's classes so that it can be compiled.
         connection.set_protocol(cast("asyncio.Protocol", self._hot))
 
@@ -89,13 +91,16 @@ class WireProtocol(RequestHandler):
 class WireServer(web.Server):
     """aiohttp's server with connections that know the hot path."""
 
-    def __init__(self, server: web.Server, *, routes: Mapping[bytes, str], serve: Serve) -> None:
+    def __init__(
+        self, server: web.Server, *, routes: Mapping[bytes, str], serve: Serve, outbox: Outbox
+    ) -> None:
         """Takes the server of an application, and what is served beside it.
 
         Args:
             server: As aiohttp makes it; gives handler, request factory and options.
             routes: Of the hot path, by path.
             serve: Serves one request.
+            outbox: Writes its answer.
         """
         super().__init__(
             server.request_handler,
@@ -106,21 +111,33 @@ class WireServer(web.Server):
         )
         self._routes = routes
         self._serve = serve
+        self._outbox = outbox
 
     def __call__(self) -> RequestHandler:
         """Makes the protocol of a new connection."""
-        return WireProtocol(self, loop=self._loop, routes=self._routes, serve=self._serve, **self._kwargs)
+        return WireProtocol(
+            self, loop=self._loop, routes=self._routes, serve=self._serve, outbox=self._outbox, **self._kwargs
+        )
 
 
 class WireRunner(web.AppRunner):
     """aiohttp's runner of an application, with the hot path in front."""
 
     def __init__(
-        self, application: web.Application, *, routes: Mapping[bytes, str], serve: Serve, **options: Any
+        self,
+        application: web.Application,
+        *,
+        routes: Mapping[bytes, str],
+        serve: Serve,
+        outbox: Outbox,
+        **options: Any,
     ) -> None:
         super().__init__(application, **options)
         self._routes = routes
         self._serve = serve
+        self._outbox = outbox
 
     async def _make_server(self) -> web.Server:
-        return WireServer(await super()._make_server(), routes=self._routes, serve=self._serve)
+        return WireServer(
+            await super()._make_server(), routes=self._routes, serve=self._serve, outbox=self._outbox
+        )

@@ -1,11 +1,13 @@
 """What goes to the client: framing, one buffer for the head and the first piece, chunks as they came."""
 
 import asyncio
+from collections.abc import Callable
 from typing import Any, cast
 
 import pytest
 
 from router.wire.downstream import WireDownstream
+from router.wire.outbox import Outbox
 
 
 class _Transport:
@@ -16,13 +18,27 @@ class _Transport:
     def write(self, data: bytes) -> None:
         self.writes.append(data)
 
+    def is_closing(self) -> bool:
+        return False
+
     def abort(self) -> None:
         self.aborted = True
 
 
+class _Loop:
+    """Ends its turn at once."""
+
+    def call_soon(self, callback: Callable[[], None]) -> None:
+        callback()
+
+
 def _downstream() -> tuple[WireDownstream, _Transport]:
     transport = _Transport()
-    made = WireDownstream(cast("asyncio.WriteTransport", transport), blocked=False)
+    made = WireDownstream(
+        cast("asyncio.WriteTransport", transport),
+        Outbox(cast("asyncio.AbstractEventLoop", _Loop())),
+        blocked=False,
+    )
     made.identify("rid")
     return made, transport
 
