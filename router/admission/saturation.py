@@ -4,9 +4,9 @@ In come samples with this worker's own count at that moment, out comes a limit f
 to have one. An engine is saturated when this worker has as many requests there as the limit says. Two things
 limit:
 
-    batch   the engine keeps requests waiting while its batch stays at the same number R of running ones, three
-            samples in a row, and never ran more: R is all that it runs. Two would be a coincidence too often
-            where prompts wait for the engine's computing and not for a place in its batch.
+    batch   the engine keeps requests waiting while its batch stays at the same number R of running ones,
+            three samples in a row, and never ran more: R is all that it runs. Two would be a coincidence too
+            often where prompts wait for the engine's computing and not for a place in its batch.
             limit = R + backlog - others
     memory  the engine keeps requests waiting and its KV cache is full: it cannot take more than it has.
             limit = own - waiting * own / (own + others) + backlog
