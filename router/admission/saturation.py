@@ -4,13 +4,15 @@ In come samples with this worker's own count at that moment, out comes a limit f
 to have one. An engine is saturated when this worker has as many requests there as the limit says. Two things
 limit:
 
-    batch   the engine keeps requests waiting while its batch stays at the same number R of running ones, two
-            samples in a row, and never ran more: R is all that it runs.
+    batch   the engine keeps requests waiting while its batch stays at the same number R of running ones,
+            three samples in a row, and never ran more: R is all that it runs. Two would be a coincidence too
+            often where prompts wait for the engine's computing and not for a place in its batch.
             limit = R + backlog - others
     memory  the engine keeps requests waiting and its KV cache is full: it cannot take more than it has.
             limit = own - waiting * own / (own + others) + backlog
-            With every later sample in which nothing waits it grows by a quarter and one, until it is so far
-            above what is sent that it limits nothing: lifted at once, it would let the whole line in.
+            With every later sample in which nothing waits, or there is memory and what waits waits for
+            computing, it grows by a quarter and one, until it is so far above what is sent that it limits
+            nothing: lifted at once, it would let the whole line in.
 
 `own` is this worker's count, `others` what the engine reports beyond it, `backlog` a few requests that may
 wait inside the engine, so that it does not run dry until the next one is sent. The smaller limit holds, and
@@ -30,6 +32,8 @@ KV_FULL_RATIO = 0.95
 GROWTH_RATIO = 1.25
 # Share of the batch that may wait inside the engine: several requests end in one step of a large batch.
 BACKLOG_RATIO = 1 / 16
+# Samples in a row that a batch stays the same while others wait.
+BATCH_SAMPLES = 3
 
 
 @dataclass(slots=True)
@@ -40,6 +44,7 @@ class _Learned:
         incarnation: Engine run.
         running_max: Most requests seen running.
         held: Running requests of the last sample if others waited then; None otherwise.
+        held_samples: Samples in a row with that number.
         batch: Requests that the engine runs at once; None while not known.
         memory: Requests of ours that its memory can hold; None while not known.
         taken_seconds: When the last sample was taken.
@@ -48,6 +53,7 @@ class _Learned:
     incarnation: str
     running_max: int = 0
     held: int | None = None
+    held_samples: int = 0
     batch: int | None = None
     memory: int | None = None
     taken_seconds: float = 0.0
@@ -137,9 +143,10 @@ def _learn_batch(learned: _Learned, sample: Sample) -> None:
         learned.batch = None
     # A full KV cache holds the batch back, too, and says nothing of the batch.
     held_back = waiting > 0 and running > 0 and not _kv_full(sample)
-    if held_back and learned.held == running == learned.running_max:
-        learned.batch = running
+    learned.held_samples = learned.held_samples + 1 if held_back and learned.held == running else 1
     learned.held = running if held_back else None
+    if held_back and learned.held_samples >= BATCH_SAMPLES and running == learned.running_max:
+        learned.batch = running
 
 
 def _limit(learned: _Learned, sample: Sample, own: int) -> int | None:
@@ -159,7 +166,7 @@ def _learn_memory(learned: _Learned, sample: Sample, own: int, others: int) -> N
     if waiting and _kv_full(sample):
         ours = waiting * at_once / (at_once + others) if at_once else 0.0
         learned.memory = max(1, at_once - round(ours) + backlog(at_once))
-    elif learned.memory is not None and not waiting:
+    elif learned.memory is not None:
         learned.memory = round(learned.memory * GROWTH_RATIO) + 1
         if learned.memory > 2 * at_once + 8:
             learned.memory = None

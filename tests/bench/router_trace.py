@@ -3,8 +3,9 @@
     python -m tests.bench.router_trace [--trace FILE] [--rate 45] [--strategies A B] [--routers 2]
 
 In come a trace (Mooncake's format) or a generated load; out goes a Markdown table. The picking code is the
-router's own (`Selector`), the engines are the simulator's `EngineModel`, and time is a number, so that a
-minute of eight engines takes seconds and every run gives the same figures. There is no network: what the
+router's own (`Selector`), and so is what it learns of the room in engines (`EndpointLimits`); the engines are
+the simulator's `EngineModel`, and time is a number, so that a minute of eight engines takes seconds and every
+run gives the same figures. Who finds no room waits first come, first served. There is no network: what the
 router adds by itself is not in here.
 """
 
@@ -14,6 +15,7 @@ import itertools
 import random
 import statistics
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -30,6 +32,7 @@ from nodeagent.engines.simulator.engine_model import EngineModel, SequenceReques
 from nodeagent.engines.simulator.engine_model import Sequence as EngineSequence
 from nodeagent.engines.simulator.kv_journal import BlockRemoved, BlocksStored, KvEvent
 from nodeagent.engines.simulator.settings import EngineLimits, StepTiming
+from router.admission.saturation import EndpointLimits
 from router.picking.contract import RequestContext
 from router.picking.registry import build_strategy, installed_plugins
 from router.picking.selector import Flight, Selector
@@ -114,6 +117,8 @@ class _Router:
     selector: Selector
     loads: LoadTable
     samples: SampleTable
+    limits: EndpointLimits = field(default_factory=EndpointLimits)
+    line: deque[Callable[[Sequence[Endpoint]], None]] = field(default_factory=deque)
 
 
 def _empty_copy(incarnation: str) -> CacheCopy:
@@ -226,8 +231,13 @@ class Simulation:
             kv_cache_tokens=(self._blocks - 1) * self._block_tokens,
             kv_block_tokens=self._block_tokens,
         )
+        replica, incarnation = engine.endpoint.identity
         for router in self._routers:
-            router.samples.record(stats, own_in_flight=router.loads.take_peak(engine.endpoint.replica))
+            router.samples.record(stats, own_in_flight=router.loads.take_peak(replica))
+            sample = router.samples.latest(replica, incarnation)
+            assert sample is not None
+            router.limits.take(replica, sample, own=router.loads.in_flight(replica))
+            self._let_in(router)
         self._at(self._clock.seconds + SAMPLE_SECONDS, partial(self._sample, engine))
 
     def _arrive(self, number: int, load: Load, router: _Router) -> None:
@@ -255,7 +265,33 @@ class Simulation:
         tokens: list[int],
         output_token: Callable[[int], int],
     ) -> None:
-        """Picks an engine for a request and gives it to that."""
+        """Puts a request at the end of the line, which nearly always is empty."""
+        send = partial(
+            self._give, number, load, router, document=document, tokens=tokens, output_token=output_token
+        )
+        router.line.append(send)
+        self._let_in(router)
+
+    def _let_in(self, router: _Router) -> None:
+        """Sends those that there is room for."""
+        while router.line:
+            free = router.limits.free(self._endpoints, router.loads.in_flight)
+            if not free:
+                return
+            router.line.popleft()(free)
+
+    def _give(
+        self,
+        number: int,
+        load: Load,
+        router: _Router,
+        endpoints: Sequence[Endpoint],
+        *,
+        document: Mapping[str, Any],
+        tokens: list[int],
+        output_token: Callable[[int], int],
+    ) -> None:
+        """Picks an engine among those with room and gives it the request."""
         context = RequestContext(
             request_id=str(number),
             route="/v1/completions",
@@ -268,7 +304,7 @@ class Simulation:
         )
         if router.selector.exact is not None:
             context.exact = hashed(tokens, (self._block_tokens,), None)
-        chosen = router.selector.choose(context, self._endpoints)
+        chosen = router.selector.choose(context, endpoints)
         assert chosen is not None
         flight = router.selector.send(context, chosen)
         engine = self._by_replica[chosen.endpoint.replica]
@@ -323,6 +359,8 @@ class Simulation:
             self._result.tokens_at[self._engines.index(engine)] += load.prompt_tokens + load.output_tokens
             self._left -= 1
             self._ended(load)
+            for router in self._routers:
+                self._let_in(router)
         self._step(engine)
 
 

@@ -55,7 +55,7 @@ async def _saturated(**options: Any) -> AsyncIterator[tuple[Cluster, FakeEngine,
         first = [group.create_task(_ask(it)) for _ in range(2)]
         await eventually(lambda: engine.active == 2)
         limits = it.router.director.candidates.gate.saturation.limits
-        for _ in range(2):
+        for _ in range(3):
             seen = it.router.source.samples.age_seconds("chat-0")
             await it.sample("chat-0", running=1, waiting=1)
             await eventually(lambda seen=seen: it.router.source.samples.age_seconds("chat-0") != seen)

@@ -135,8 +135,8 @@ async def test_a_sample_or_an_endpoint_with_room_lets_in_as_many_as_it_has_room_
             world.ask(f"{number}")
         await _settle()
         full = sample(running=1, waiting=1, own_in_flight=2)
-        world.gate.sample_taken(world.endpoints[0], full)
-        world.gate.sample_taken(world.endpoints[0], full)
+        for _ in range(3):
+            world.gate.sample_taken(world.endpoints[0], full)
         await _settle()
         # One runs and one may wait inside.
         assert world.gate.saturation.limits["r0"] == 2
@@ -293,8 +293,7 @@ async def test_the_rate_of_ends_tells_when_to_come_again() -> None:
 async def test_a_limit_that_nothing_confirms_is_lifted() -> None:
     async with _world() as world:
         full = sample(running=1, waiting=1, own_in_flight=2)
-        for each in world.endpoints:
-            world.gate.sample_taken(each, full)
+        for each in world.endpoints * 3:
             world.gate.sample_taken(each, full)
         assert world.choose() is not None
         world.in_flight.update(r0=2, r1=2)

@@ -34,6 +34,10 @@ def _seen(own: int = 12, **numbers: Any) -> Sample:
         [_seen(running=8, waiting=0, kv=0.99)],
         # A batch that still grows is held back by prompts, not by its size.
         [_seen(running=6, waiting=9), _seen(running=7, waiting=8), _seen(running=8, waiting=7)],
+        # The same number twice may be chance where prompts wait for computing.
+        [_seen(**FULL), _seen(**FULL)],
+        [_seen(**FULL), _seen(**FULL), _seen(running=8, waiting=0), _seen(**FULL), _seen(**FULL)],
+        [_seen(running=7, waiting=4), _seen(**FULL), _seen(**FULL)],
         # A full cache tells nothing of the batch, and nothing waits any more.
         [_seen(running=8, waiting=0), _seen(running=8, waiting=0)],
     ],
@@ -47,7 +51,7 @@ def test_what_is_not_known_limits_nothing(samples: list[Sample]) -> None:
 
 
 def test_a_batch_that_stays_while_others_wait_is_all_that_the_engine_runs() -> None:
-    limits = _limits(_seen(**FULL), _seen(**FULL))
+    limits = _limits(*[_seen(**FULL)] * 3)
     assert limits.limits == {"r": 9}
     endpoints = [endpoint("r")]
     assert list(limits.free(endpoints, lambda _: 8)) == endpoints
@@ -59,18 +63,18 @@ def test_a_batch_that_stays_while_others_wait_is_all_that_the_engine_runs() -> N
 
 
 def test_a_larger_batch_takes_it_back() -> None:
-    limits = _limits(_seen(**FULL), _seen(**FULL), _seen(running=12, waiting=1))
+    limits = _limits(*[_seen(**FULL)] * 3, _seen(running=12, waiting=1))
     assert limits.limits == {}
 
 
 def test_a_new_incarnation_is_unknown() -> None:
-    limits = _limits(_seen(**FULL), _seen(**FULL))
+    limits = _limits(*[_seen(**FULL)] * 3)
     limits.take("r", replace(_seen(**FULL), incarnation="j"), own=12)
     assert limits.limits == {}
 
 
 def test_others_leave_at_least_one() -> None:
-    limits = _limits(_seen(own=0, running=8, waiting=40), _seen(own=0, running=8, waiting=40), own=0)
+    limits = _limits(*[_seen(own=0, running=8, waiting=40)] * 3, own=0)
     assert limits.limits == {"r": 1}
 
 
@@ -86,8 +90,17 @@ def test_a_full_cache_limits_to_what_runs_and_grows_slowly() -> None:
     assert limits.limits == {}
 
 
+def test_what_waits_for_computing_does_not_hold_a_limit_by_memory() -> None:
+    limits = _limits(_seen(own=20, running=15, waiting=5, kv=0.97), own=20)
+    for taken in (21, 27, 35, 45):
+        limits.take("r", _seen(own=20, running=14, waiting=6, kv=0.8), own=20)
+        assert limits.limits == {"r": taken}
+    limits.take("r", _seen(own=20, running=14, waiting=6, kv=0.8), own=20)
+    assert limits.limits == {}
+
+
 def test_stale_limits_are_lifted_and_the_gone_forgotten() -> None:
-    limits = _limits(_seen(**FULL), _seen(**FULL))
+    limits = _limits(*[_seen(**FULL)] * 3)
     assert not limits.expire(older_than_seconds=0.0)
     assert limits.expire(older_than_seconds=1.0)
     assert limits.limits == {}
