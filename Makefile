@@ -56,10 +56,11 @@ up: $(STAMP) ## Start a whole Millrace on this machine and ask its model a quest
 down: $(STAMP) ## Stop what `make up` started, from another terminal
 	@$(BIN)/millrace down
 
-test: $(STAMP) ## All tests: unit, properties, contract, integration, and real vLLM end to end
+test: $(STAMP) ## All tests: unit, properties, contract, integration, real vLLM end to end, the compiled router
 	@$(BIN)/python -m deploy.local.engine_environment
 	@$(BIN)/python -m pytest tests/unit tests/properties tests/contract -n 2
 	@$(BIN)/python -m pytest tests/integration tests/chaos tests/e2e
+	@if command -v cc >/dev/null; then $(MAKE) test-native; else echo "no C compiler: the compiled router is not tested"; fi
 
 test-unit: $(STAMP) ## Unit and property tests only (under a minute)
 	@$(BIN)/python -m pytest tests/unit tests/properties -n 2
