@@ -139,7 +139,8 @@ native: $(STAMP) ## Compile the router's hot path (needs a C compiler): PYTHONPA
 test-native: native ## The router's tests on the compiled hot path
 	@$(BIN)/python -m pytest -o 'pythonpath=.millrace/native .' tests/unit/router tests/properties/test_wire_strictness.py \
 		tests/contract/test_openai_surface.py tests/integration/test_router_forwarding.py \
-		tests/integration/test_router_failover.py tests/integration/test_router_wire.py tests/integration/test_router_upstream.py
+		tests/integration/test_router_failover.py tests/integration/test_router_wire.py tests/integration/test_router_upstream.py \
+		tests/integration/test_exchange.py tests/properties/test_access_lines.py tests/properties/test_usage_reading.py
 
 type: $(STAMP) ## mypy --strict, tests included
 	@$(BIN)/mypy core controlplane nodeagent router clients/python deploy/local deploy/etcd deploy/native tests
