@@ -1,12 +1,16 @@
 """An answer on its way: what it waits for, whom it holds back, and how it ends; in virtual time."""
 
+import asyncio
 from typing import Any, cast
 
 import pytest
 
 from router.upstream.answer import HELD_BYTES_MAX, Answer, AnswerSignals
+from router.upstream.connection import Connection
+from router.upstream.pool import Origin
 from router.upstream.relay import Outcome
-from router.wire.deadlines import NEVER
+from router.wire.deadlines import Deadlines
+from router.wire.outbox import Outbox
 from tests.support.clock import ManualClock
 
 IDLE_SECONDS = 10.0
@@ -14,24 +18,50 @@ STALL_SECONDS = 3.0
 STREAM = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"
 
 
-class _Connection:
-    """What an answer asks of its connection."""
+class _Line:
+    """A connection of ours, and what it does to its transport; it is that transport."""
 
     def __init__(self, clock: ManualClock) -> None:
-        self.monotonic = clock.monotonic
-        self.deadline_seconds = NEVER
-        self.reusable = True
+        self._origin = Origin("http://engine:8000", Deadlines(clock))
+        self.connection = Connection(
+            self._origin, Outbox(cast("asyncio.AbstractEventLoop", None)), clock.monotonic
+        )
+        self.connection.connection_made(cast("asyncio.BaseTransport", self))
         self.paused = False
-        self.kept: list[bool] = []
+        self.aborted = False
 
-    def pause(self) -> None:
+    @property
+    def deadline_seconds(self) -> float:
+        return self.connection.deadline_seconds
+
+    @property
+    def kept(self) -> list[bool]:
+        """Whether the connection was kept, once its answer has ended."""
+        if self.aborted:
+            return [False]
+        found = []
+        while connection := self._origin.take():
+            found.append(connection)
+        for connection in found:
+            self._origin.keep(connection)
+        return [True] * len(found)
+
+    # What a connection asks of its transport.
+
+    def pause_reading(self) -> None:
         self.paused = True
 
-    def resume(self) -> None:
+    def resume_reading(self) -> None:
         self.paused = False
 
-    def finished(self, *, reusable: bool) -> None:
-        self.kept.append(reusable and self.reusable)
+    def is_closing(self) -> bool:
+        return self.aborted
+
+    def get_write_buffer_size(self) -> int:
+        return 0
+
+    def abort(self) -> None:
+        self.aborted = True
 
 
 class _Downstream:
@@ -61,10 +91,9 @@ def clock() -> ManualClock:
     return ManualClock()
 
 
-def _answer(clock: ManualClock) -> tuple[Answer, _Connection, _Downstream]:
-    connection = _Connection(clock)
-    answer = Answer(cast("Any", connection), AnswerSignals(), idle_seconds=IDLE_SECONDS)
-    return answer, connection, _Downstream()
+def _answer(clock: ManualClock) -> tuple[Answer, _Line, _Downstream]:
+    line = _Line(clock)
+    return Answer(line.connection, AnswerSignals(), idle_seconds=IDLE_SECONDS), line, _Downstream()
 
 
 def _flow(answer: Answer, downstream: _Downstream, transform: Any = None) -> None:
