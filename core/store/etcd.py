@@ -9,6 +9,7 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
+import grpc
 from grpc.aio import AioRpcError
 
 from core.store import etcd_wire as wire
@@ -205,10 +206,15 @@ def _first_answer(stream: Any) -> Callable[..., Any]:
         call = stream(timeout=timeout, metadata=metadata)
         try:
             await call.write(request)
-            async for answer in call:
-                return answer
+            answer = await call.read()
+            if answer is grpc.aio.EOF:
+                raise StoreError("etcd ended the stream of lease renewals without an answer")
+            # Both sides end in good order: grpc keeps some kilobytes of every call that is cancelled.
+            await call.done_writing()
+            await call.read()
         finally:
-            call.cancel()
-        raise StoreError("etcd ended the stream of lease renewals without an answer")
+            if not call.done():
+                call.cancel()
+        return answer
 
     return ask
